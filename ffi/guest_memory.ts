@@ -1,0 +1,379 @@
+/**
+ * Guest memory: a device's regions, mapped by the core, and the views over
+ * them.
+ *
+ * A region is mapped once and is one external `ArrayBuffer`. Hot paths address
+ * it by (view, offset): a view is a window of at most 2 GiB, so that an offset
+ * is a small integer. When a region goes away its buffer is detached, which
+ * empties every view that anybody kept, and is unmapped only then; where a
+ * runtime cannot detach (Node 20) the core puts zero pages in its place and
+ * never uses the addresses again.
+ *
+ * @module
+ */
+
+import { constants, layouts } from "./abi.gen.ts";
+import { binding, core } from "./core.ts";
+import { check, Errno, errnoName, Vhost2Error } from "./errors.ts";
+import { eventLoop } from "./event_loop.ts";
+
+/** One region as the front-end describes it. */
+export interface RegionDescription {
+  readonly gpa: bigint;
+  readonly uva: bigint;
+  /** Bytes. */
+  readonly size: bigint;
+  readonly mmapOffset: bigint;
+  /** Where it comes from: a file, or memory that is mapped already (a BAR). */
+  readonly source: { fd: number } | { address: bigint };
+}
+
+/** One region of the published table. */
+export interface MappedRegion {
+  readonly gpa: bigint;
+  readonly uva: bigint;
+  /** Bytes. */
+  readonly size: number;
+  /** Number of the region's first view. */
+  readonly viewFirst: number;
+  /** The region's buffers: one, or several of `maxViewSize` (Node 20). */
+  readonly buffers: readonly ArrayBuffer[];
+}
+
+/** What a change of the table does to the regions that exist. */
+export interface PreparedChange {
+  readonly kept: number;
+  readonly added: number;
+  readonly removed: number;
+}
+
+/** Where a guest address is. */
+export interface Translation {
+  readonly view: number;
+  readonly offset: number;
+  /** Bytes, clipped at the end of the view. */
+  readonly length: number;
+  readonly regionViewFirst: number;
+  readonly regionOffset: number;
+  /** Bytes, clipped at the end of the region. */
+  readonly contiguous: number;
+}
+
+export type AddressSpace = "gpa" | "uva";
+export type MemoryState = "ok" | "faulted" | "revoked";
+
+const spaces = { gpa: constants.spaceGpa, uva: constants.spaceUva };
+const kinds = {
+  replace: constants.prepareReplace,
+  add: constants.prepareAdd,
+  remove: constants.prepareRemove,
+};
+
+const canDetach = typeof ArrayBuffer.prototype.transfer === "function";
+const canViewLarge = binding.maxViewSize > constants.viewSize * 2;
+
+const prepareResult = new DataView(
+  new ArrayBuffer(layouts.PrepareResult.byteSize),
+);
+const translation = new DataView(new ArrayBuffer(layouts.Translation.byteSize));
+
+/** Why a table was refused, as one clause. */
+function refusal(region: RegionDescription | undefined): string {
+  const field = layouts.PrepareResult;
+  const value = prepareResult.getBigUint64(field.value, true);
+  const limit = prepareResult.getBigUint64(field.limit, true);
+  const size = region?.size ?? 0n;
+  switch (prepareResult.getUint32(field.reason, true)) {
+    case constants.refuseSizeZero:
+      return "its size is 0";
+    case constants.refuseAddressWraps:
+      return `gpa 0x${region?.gpa.toString(16)} or uva 0x${
+        region?.uva.toString(16)
+      } with size ${size} passes the end of the address space`;
+    case constants.refuseFileOffsetWraps:
+      return `file offset ${region?.mmapOffset} with size ${size} passes 2^64`;
+    case constants.refuseFileTooSmall:
+      return `its file holds ${value} bytes, the region needs ${limit}`;
+    case constants.refuseFileKind:
+      return "its descriptor is neither shared memory nor a file that can safely be mapped";
+    case constants.refuseOverlapGpa:
+      return "its guest addresses overlap another region's";
+    case constants.refuseOverlapUva:
+      return "its front-end addresses overlap another region's";
+    case constants.refuseTooMany:
+      return `the table would pass ${limit} regions`;
+    case constants.refuseNotFound:
+      return "there is no such region";
+    case constants.refuseMmap:
+      return `mmap failed with ${errnoName(Number(value))}`;
+    case constants.refuseQuarantine:
+      return `${value} bytes of old mappings are in quarantine (limit ${limit}; Node 22 or Deno need none)`;
+    case constants.refuseMappings:
+      return "this process holds too many mappings";
+    default:
+      return "the core refused it";
+  }
+}
+
+/** The memory of one device. */
+export class GuestMemory {
+  /** The core's handle. */
+  readonly handle: number;
+  /** Windows by view number; a hole where no region is. */
+  readonly views: (Uint8Array<ArrayBuffer> | undefined)[] = [];
+  /** The same windows for reading wider fields. */
+  readonly dataViews: (DataView | undefined)[] = [];
+  #regions: readonly MappedRegion[] = Object.freeze([]);
+  readonly #stopWatching: () => void;
+  #isClosed = false;
+  /** Called once when the memory faults under the device. */
+  onFault: (() => void) | undefined;
+
+  constructor() {
+    this.handle = check(
+      core.memoryCreate(eventLoop.handle),
+      "Cannot make a guest memory",
+    );
+    this.#stopWatching = eventLoop.onFault(() => {
+      if (this.state !== "faulted") return;
+      const handler = this.onFault;
+      this.onFault = undefined;
+      handler?.();
+    });
+  }
+
+  /** The published regions, in gpa order; a new frozen list at each change. */
+  get regions(): readonly MappedRegion[] {
+    return this.#regions;
+  }
+
+  get state(): MemoryState {
+    if (this.#isClosed) return "revoked";
+    switch (core.memoryState(this.handle)) {
+      case constants.memoryOk:
+        return "ok";
+      case constants.memoryFaulted:
+        return "faulted";
+      default:
+        return "revoked";
+    }
+  }
+
+  /**
+   * Stages a new table: maps what is new, keeps what is the same. Nothing
+   * changes for anybody until `commit`. Throws PROTOCOL with the reason; the
+   * old table is then untouched.
+   */
+  prepare(
+    kind: "replace" | "add" | "remove",
+    regions: readonly RegionDescription[],
+  ): PreparedChange {
+    const field = layouts.RegionRequest;
+    const requests = new DataView(
+      new ArrayBuffer(Math.max(1, regions.length) * field.byteSize),
+    );
+    regions.forEach((region, index) => {
+      const at = index * field.byteSize;
+      requests.setBigUint64(at + field.gpa, region.gpa, true);
+      requests.setBigUint64(at + field.uva, region.uva, true);
+      requests.setBigUint64(at + field.size, region.size, true);
+      requests.setBigUint64(at + field.mmapOffset, region.mmapOffset, true);
+      if ("fd" in region.source) {
+        requests.setInt32(at + field.fd, region.source.fd, true);
+      } else {
+        requests.setBigUint64(at + field.address, region.source.address, true);
+        requests.setUint32(
+          at + field.flags,
+          constants.flagRegionAddress,
+          true,
+        );
+      }
+    });
+    const result = core.memoryPrepare(
+      this.handle,
+      kinds[kind],
+      requests,
+      regions.length,
+      prepareResult,
+    );
+    const out = layouts.PrepareResult;
+    if (result < 0) {
+      const index = prepareResult.getUint32(out.region, true);
+      throw new Vhost2Error(
+        "PROTOCOL",
+        `Cannot ${
+          kind === "remove" ? "remove" : "map"
+        } memory region ${index}: ${refusal(regions[index])}`,
+        { errno: -result },
+      );
+    }
+    return {
+      kept: prepareResult.getUint32(out.kept, true),
+      added: prepareResult.getUint32(out.added, true),
+      removed: prepareResult.getUint32(out.removed, true),
+    };
+  }
+
+  /** Drops what `prepare` staged. */
+  abort(): void {
+    core.memoryAbort(this.handle);
+  }
+
+  /**
+   * Publishes what `prepare` staged and lets go of the regions that are no
+   * longer in it; their views are empty from here on.
+   */
+  commit(): void {
+    const retired = new Uint32Array(constants.maxRegions);
+    const count = check(
+      core.memoryCommit(this.handle, retired, retired.length),
+      "Cannot publish the memory table",
+    );
+    const old = new Map(this.#regions.map((r) => [r.viewFirst, r]));
+    for (const viewFirst of retired.subarray(0, count)) {
+      this.#release(viewFirst, old.get(viewFirst));
+      old.delete(viewFirst);
+    }
+    const info = layouts.RegionInfo;
+    const table = new DataView(
+      new ArrayBuffer(constants.maxRegions * info.byteSize),
+    );
+    const total = check(
+      core.memoryRegions(this.handle, table, constants.maxRegions),
+      "Cannot list the memory regions",
+    );
+    const regions: MappedRegion[] = [];
+    for (let at = 0; at < total * info.byteSize; at += info.byteSize) {
+      const viewFirst = table.getUint32(at + info.viewFirst, true);
+      const existing = old.get(viewFirst);
+      regions.push(existing ?? this.#adopt(table, at));
+    }
+    this.#regions = Object.freeze(regions);
+  }
+
+  #adopt(table: DataView, at: number): MappedRegion {
+    const info = layouts.RegionInfo;
+    const size = Number(table.getBigUint64(at + info.size, true));
+    const address = table.getBigUint64(at + info.address, true);
+    const viewFirst = table.getUint32(at + info.viewFirst, true);
+    // A whole number of windows to a buffer, so that no window crosses two.
+    const bufferSize = canViewLarge ? size : constants.viewSize;
+    const buffers: ArrayBuffer[] = [];
+    for (let start = 0; start < size; start += bufferSize) {
+      const buffer = binding.view(
+        address + BigInt(start),
+        Math.min(bufferSize, size - start),
+      );
+      buffers.push(buffer);
+      for (let o = 0; o < buffer.byteLength; o += constants.viewSize) {
+        const length = Math.min(constants.viewSize, buffer.byteLength - o);
+        const view = viewFirst + (start + o) / constants.viewSize;
+        this.views[view] = new Uint8Array(buffer, o, length);
+        this.dataViews[view] = new DataView(buffer, o, length);
+      }
+    }
+    return Object.freeze({
+      gpa: table.getBigUint64(at + info.gpa, true),
+      uva: table.getBigUint64(at + info.uva, true),
+      size,
+      viewFirst,
+      buffers: Object.freeze(buffers),
+    });
+  }
+
+  #release(viewFirst: number, region: MappedRegion | undefined): void {
+    let isDetached = canDetach;
+    if (region !== undefined) {
+      const count = Math.ceil(region.size / constants.viewSize);
+      for (let view = viewFirst; view < viewFirst + count; view++) {
+        this.views[view] = undefined;
+        this.dataViews[view] = undefined;
+      }
+      for (const buffer of region.buffers) {
+        isDetached = detach(buffer) && isDetached;
+      }
+    }
+    core.memoryRelease(this.handle, viewFirst, isDetached ? 1 : 0);
+  }
+
+  /** Where an address is, or null when it is not mapped. */
+  translate(
+    space: AddressSpace,
+    address: bigint,
+    length: number,
+  ): Translation | null {
+    const result = core.memoryTranslate(
+      this.handle,
+      spaces[space],
+      BigInt.asUintN(64, address),
+      BigInt(length),
+      translation,
+    );
+    if (result < 0) {
+      if (result === -Errno.EFAULT) return null;
+      check(result, `Cannot translate address 0x${address.toString(16)}`);
+    }
+    const field = layouts.Translation;
+    return {
+      view: translation.getUint32(field.view, true),
+      offset: translation.getUint32(field.offset, true),
+      length: translation.getUint32(field.length, true),
+      regionViewFirst: translation.getUint32(field.regionViewFirst, true),
+      regionOffset: Number(translation.getBigUint64(field.regionOffset, true)),
+      contiguous: Number(translation.getBigUint64(field.contiguous, true)),
+    };
+  }
+
+  /**
+   * A view of `length` bytes at `address` when they are whole in one region
+   * and one buffer; null otherwise.
+   */
+  whole(
+    space: AddressSpace,
+    address: bigint,
+    length: number,
+  ): Uint8Array<ArrayBuffer> | null {
+    const found = this.translate(space, address, length);
+    if (found === null || found.contiguous < length) return null;
+    const region = this.#regions.find((r) =>
+      r.viewFirst === found.regionViewFirst
+    );
+    if (region === undefined) return null;
+    const bufferSize = region.buffers.length === 1
+      ? region.size
+      : constants.viewSize;
+    const index = Math.floor(found.regionOffset / bufferSize);
+    const offset = found.regionOffset - index * bufferSize;
+    const buffer = region.buffers[index];
+    if (offset + length > buffer.byteLength) return null;
+    return new Uint8Array(buffer, offset, length);
+  }
+
+  /** Puts zero pages in the place of all memory: a last resort. */
+  revoke(): void {
+    if (!this.#isClosed) core.memoryRevoke(this.handle);
+  }
+
+  /** Lets go of all regions. Nobody may use the memory any more. */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#stopWatching();
+    this.onFault = undefined;
+    core.memoryAbort(this.handle);
+    this.prepare("replace", []);
+    this.commit();
+    this.#isClosed = true;
+    check(core.memoryDestroy(this.handle), "Cannot close a guest memory");
+  }
+}
+
+/** Empties all views of a buffer that is not ours; true when that worked. */
+function detach(buffer: ArrayBuffer): boolean {
+  if (!canDetach) return false;
+  try {
+    buffer.transfer();
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,136 @@
+/**
+ * The device as its user sees it: one per connected front-end.
+ *
+ * @module
+ */
+
+import type {
+  AddressSpace,
+  GuestMemory,
+  MappedRegion,
+} from "../ffi/guest_memory.ts";
+import { Vhost2Error } from "../ffi/errors.ts";
+import { type Gpa, gpa, type Uva, uva } from "../protocol/address.ts";
+import type { Queue } from "./queue.ts";
+
+/** One region of guest memory. */
+export class MemoryRegion {
+  /** Guest physical address of its first byte. */
+  readonly gpa: Gpa;
+  /** Virtual address of its first byte in the front-end's process. */
+  readonly uva: Uva;
+  /** Bytes. */
+  readonly size: number;
+  /** Buffers that cover it in order: one, except for large ones in Node 20. */
+  readonly buffers: readonly ArrayBuffer[];
+
+  constructor(region: MappedRegion) {
+    this.gpa = gpa(region.gpa);
+    this.uva = uva(region.uva);
+    this.size = region.size;
+    this.buffers = region.buffers;
+  }
+
+  /**
+   * The whole region, without a copy. It becomes empty when the region goes
+   * away.
+   */
+  get view(): Uint8Array<ArrayBuffer> {
+    if (this.buffers.length === 1) return new Uint8Array(this.buffers[0]);
+    throw new Vhost2Error(
+      "MEMORY",
+      `Cannot view a region of ${this.size} bytes at once in this runtime: use its buffers, Node 22 or Deno`,
+    );
+  }
+}
+
+/** What a device asks of its session. */
+export interface DeviceSession {
+  readonly name: string;
+  readonly memory: GuestMemory;
+  readonly features: bigint;
+  readonly startedQueues: readonly Queue[];
+  readonly signal: AbortSignal;
+  configChanged(): void;
+}
+
+/**
+ * A virtual device, as long as one front-end is connected. The ops of its
+ * target are called with it.
+ */
+export class Device {
+  readonly #session: DeviceSession;
+  #mapped: readonly MappedRegion[] | undefined;
+  #memory: readonly MemoryRegion[] = Object.freeze([]);
+
+  /** Made by the session only. */
+  constructor(session: DeviceSession) {
+    this.#session = session;
+  }
+
+  /** The connection, for messages to people: `vhost-user:/tmp/a.sock #1`. */
+  get name(): string {
+    return this.#session.name;
+  }
+
+  /** Negotiated virtio features, LOG_ALL among them. */
+  get features(): bigint {
+    return this.#session.features;
+  }
+
+  /** The regions, in gpa order: a frozen list, replaced when it changes. */
+  get memory(): readonly MemoryRegion[] {
+    const mapped = this.#session.memory.regions;
+    if (mapped !== this.#mapped) {
+      this.#mapped = mapped;
+      this.#memory = Object.freeze(mapped.map((r) => new MemoryRegion(r)));
+    }
+    return this.#memory;
+  }
+
+  /** The queues that are started now. */
+  get queues(): readonly Queue[] {
+    return this.#session.startedQueues;
+  }
+
+  /** Aborted when the front-end has gone. */
+  get signal(): AbortSignal {
+    return this.#session.signal;
+  }
+
+  /**
+   * A view of guest memory, without a copy: shorter than `length` where the
+   * region ends (or at a multiple of 2 GiB inside it), null where `address` is
+   * not mapped. Every call checks; keep no address.
+   *
+   * @param address guest physical address
+   * @param length bytes wanted, more than 0
+   */
+  translate(address: bigint, length: number): Uint8Array<ArrayBuffer> | null {
+    return this.#translate("gpa", address, length);
+  }
+
+  #translate(
+    space: AddressSpace,
+    address: bigint,
+    length: number,
+  ): Uint8Array<ArrayBuffer> | null {
+    if (!(length > 0)) return null;
+    const memory = this.#session.memory;
+    const found = memory.translate(space, address, Math.floor(length));
+    if (found === null) return null;
+    const view = memory.views[found.view];
+    return view === undefined
+      ? null
+      : view.subarray(found.offset, found.offset + found.length);
+  }
+
+  /**
+   * Tells the driver that configuration space has changed; it then reads it
+   * (`getConfig`). Never blocks; does nothing where the front-end cannot be
+   * told.
+   */
+  configChanged(): void {
+    this.#session.configChanged();
+  }
+}

@@ -1,0 +1,178 @@
+/**
+ * From a message to its handler and back: every column of the message's row is
+ * checked before the handler runs, and exactly one answer is sent.
+ *
+ * @module
+ */
+
+import { Vhost2Error } from "../ffi/errors.ts";
+import { describeMessage } from "../protocol/describe.ts";
+import { hasFeature, ProtocolFeature } from "../protocol/features.ts";
+import {
+  decodeFrontendRequest,
+  findFrontendRow,
+  FrontendRequest,
+  type FrontendRow,
+} from "../protocol/frontend_request.ts";
+import { plainWire } from "../protocol/layout.ts";
+import {
+  classifyRequestHeader,
+  FLAG_NEED_REPLY,
+  FLAG_REPLY,
+  VERSION,
+} from "../protocol/message.ts";
+import { u64Payload } from "../protocol/payloads.ts";
+import { checkGate, payloadCodecs, replyDue } from "../protocol/request_row.ts";
+import type { Message } from "../transports/transport.ts";
+import { handlers } from "./handlers.ts";
+import { Refusal } from "./refusal.ts";
+import type { Session } from "./session.ts";
+import { customMessage } from "./target_ops.ts";
+
+type Handler = (
+  session: Session,
+  payload: unknown,
+  message: Message,
+) => unknown;
+
+export class Dispatcher {
+  readonly #session: Session;
+
+  constructor(session: Session) {
+    this.#session = session;
+  }
+
+  /** Handles one message. Throws when the connection must end. */
+  async dispatch(message: Message): Promise<void> {
+    this.#trace("received", message, message.descriptors.count);
+    const header = { ...message, size: message.payload.length };
+    const broken = classifyRequestHeader(header);
+    if (broken !== null) {
+      throw new Vhost2Error(
+        "PROTOCOL",
+        `Cannot take a message of ${this.#session.name}: ${broken.reason}`,
+      );
+    }
+    const row = findFrontendRow(message.request);
+    try {
+      const reply = row === undefined
+        ? await this.#custom(message)
+        : await this.#known(row, message);
+      if (reply !== null) this.#send(message.request, reply);
+      else if (this.#isAckWanted(message)) this.#ack(message, 0n);
+    } catch (error) {
+      this.#refuse(row, message, error as Error);
+    }
+  }
+
+  async #known(
+    row: FrontendRow,
+    message: Message,
+  ): Promise<Uint8Array | null> {
+    const session = this.#session;
+    const handler = handlers[row.id] as Handler | undefined;
+    const closedGate = checkGate(row, {
+      offeredFeatures: session.options.features,
+      features: session.features,
+      protocolFeatures: session.ackedProtocolFeatures,
+    });
+    if (closedGate !== null) throw new Refusal(closedGate);
+    if (handler === undefined) return await this.#custom(message);
+    const decoded = decodeFrontendRequest(
+      row,
+      message.payload,
+      message.descriptors.count,
+      plainWire,
+    );
+    if (!decoded.ok) throw new Refusal(decoded.reason);
+    if (row.perVring) {
+      const { index } = decoded.value.payload as { index: number };
+      if (index >= session.vrings.length) {
+        throw new Refusal(
+          `${row.name}: vring ${index} of ${session.vrings.length}`,
+        );
+      }
+    }
+    const value = await handler(session, decoded.value.payload, message);
+    const due = replyDue(row, {
+      needReply: false,
+      protocolFeatures: session.ackedProtocolFeatures,
+      postcopy: false,
+    });
+    if (due.kind !== "reply") return null;
+    const codec = payloadCodecs[due.payload];
+    return (codec.encode as (v: unknown, c: unknown) => Uint8Array)(
+      value,
+      plainWire,
+    );
+  }
+
+  async #custom(message: Message): Promise<Uint8Array | null> {
+    const { ops, device, sequencer } = this.#session;
+    if (ops.customMessage === undefined) {
+      throw new Refusal(`unknown request ${message.request}`);
+    }
+    const reply = await sequencer.call(
+      "customMessage",
+      () => ops.customMessage!(device, customMessage(message)),
+    );
+    return reply ?? null;
+  }
+
+  /**
+   * Tells the front-end, by an error reply or a non-zero ack; where it waits
+   * for neither, only the end of the connection can tell it.
+   */
+  #refuse(row: FrontendRow | undefined, message: Message, error: Error): void {
+    const refusal = new Vhost2Error(
+      "PROTOCOL",
+      `Cannot accept ${
+        row?.name ?? `request ${message.request}`
+      } of ${this.#session.name}: ${error.message}`,
+      { cause: error },
+    );
+    if (row?.id === FrontendRequest.GET_CONFIG) {
+      // The specification's way to say "failed": no payload at all.
+      this.#session.report(refusal);
+      return this.#send(message.request, new Uint8Array(0));
+    }
+    if (row?.reply.kind === "reply" || !this.#isAckWanted(message)) {
+      throw refusal;
+    }
+    this.#session.report(refusal);
+    this.#ack(message, 1n);
+  }
+
+  /** REPLY_ACK need not be acked for GET_ and SET_PROTOCOL_FEATURES to work. */
+  #isAckWanted(message: Message): boolean {
+    return (message.flags & FLAG_NEED_REPLY) !== 0 &&
+      hasFeature(
+        this.#session.ackedProtocolFeatures,
+        ProtocolFeature.REPLY_ACK,
+      );
+  }
+
+  #ack(message: Message, value: bigint): void {
+    this.#send(message.request, u64Payload.encode(value, plainWire));
+  }
+
+  #send(request: number, payload: Uint8Array): void {
+    // QEMU refuses a reply with any other flag, an echoed NEED_REPLY too.
+    const flags = VERSION | FLAG_REPLY;
+    this.#trace("sent", { request, flags, payload }, 0);
+    this.#session.connection.send({ request, flags, payload });
+  }
+
+  #trace(
+    direction: "received" | "sent",
+    message: { request: number; flags: number; payload: Uint8Array },
+    descriptorCount: number,
+  ): void {
+    this.#session.options.trace?.(describeMessage({
+      direction,
+      header: { ...message, size: message.payload.length },
+      payload: message.payload,
+      descriptorCount,
+    }));
+  }
+}

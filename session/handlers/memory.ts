@@ -1,0 +1,64 @@
+/** Guest memory: messages 5, 36, 37, 38. */
+
+import { constants } from "../../ffi/abi.gen.ts";
+import type { RegionDescription } from "../../ffi/guest_memory.ts";
+import type { MemoryRegionDescription } from "../../protocol/memory_payloads.ts";
+import type { Message } from "../../transports/transport.ts";
+import type { Session } from "../session.ts";
+
+function describe(
+  session: Session,
+  message: Message,
+  regions: readonly MemoryRegionDescription[],
+): RegionDescription[] {
+  return regions.map((region, index) => ({
+    ...region,
+    source: session.connection.regionSource(message, index),
+  }));
+}
+
+/**
+ * Changes the table. A change that only adds keeps every mapping and stops
+ * nothing; otherwise no queue runs while regions go away, and `deviceInit` is
+ * called again before the next start.
+ */
+async function change(
+  session: Session,
+  kind: "replace" | "add" | "remove",
+  regions: RegionDescription[],
+): Promise<void> {
+  const prepared = session.memory.prepare(kind, regions);
+  if (prepared.removed > 0) {
+    await session.stopQueues(() => true);
+    session.isInitOwed = true;
+  }
+  session.memory.commit();
+  for (const vring of session.vrings) vring.forgetFailure();
+}
+
+export async function setMemoryTable(
+  session: Session,
+  regions: readonly MemoryRegionDescription[],
+  message: Message,
+): Promise<void> {
+  await change(session, "replace", describe(session, message, regions));
+}
+
+export async function addRegion(
+  session: Session,
+  region: MemoryRegionDescription,
+  message: Message,
+): Promise<void> {
+  await change(session, "add", describe(session, message, [region]));
+}
+
+export async function removeRegion(
+  session: Session,
+  region: MemoryRegionDescription,
+): Promise<void> {
+  await change(session, "remove", [{ ...region, source: { fd: -1 } }]);
+}
+
+export function getMaxMemorySlots(): bigint {
+  return BigInt(constants.maxRegions);
+}

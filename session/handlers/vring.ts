@@ -1,0 +1,142 @@
+/** The vrings: messages 8-14 and 18. */
+
+import { VRING_FLAG_LOG } from "../../protocol/payloads.ts";
+import type {
+  VringAddress,
+  VringDescriptorIndex,
+  VringState,
+} from "../../protocol/payloads.ts";
+import type { Message } from "../../transports/transport.ts";
+import { Refusal } from "../refusal.ts";
+import { ringAreaSizes, type Session } from "../session.ts";
+
+const maxQueueSize = 32768;
+
+export async function setNum(
+  session: Session,
+  { index, num }: VringState,
+): Promise<void> {
+  if (num === 0 || num > maxQueueSize || (num & (num - 1)) !== 0) {
+    throw new Refusal(
+      `queue size ${num} is not a power of two from 1 to ${maxQueueSize}`,
+    );
+  }
+  const vring = session.vrings[index];
+  await session.stop(vring);
+  vring.size = num;
+  vring.forgetFailure();
+}
+
+/** Alignment in bytes of each area (virtio 1.3, section 2.7). */
+const alignments = { descriptor: 16n, available: 2n, used: 4n } as const;
+
+export async function setAddress(
+  session: Session,
+  address: VringAddress,
+): Promise<void> {
+  const vring = session.vrings[address.index];
+  for (const name of ["descriptor", "available", "used"] as const) {
+    if (address[name] % alignments[name] !== 0n) {
+      throw new Refusal(
+        `${name} area at 0x${address[name].toString(16)} is not aligned to ${
+          alignments[name]
+        } bytes`,
+      );
+    }
+    // Before there is memory nothing can be said; the start checks again.
+    if (session.memory.regions.length === 0 || vring.size === 0) continue;
+    const size = ringAreaSizes(vring.size)[name];
+    if (session.memory.whole("uva", address[name], size) === null) {
+      throw new Refusal(
+        `${name} area at 0x${
+          address[name].toString(16)
+        } (${size} bytes) is not inside one memory region`,
+      );
+    }
+  }
+  const old = vring.addresses;
+  const isSameRing = old !== null && old.descriptor === address.descriptor &&
+    old.available === address.available && old.used === address.used;
+  const isLogChange = isSameRing &&
+    ((old.flags ^ address.flags) & ~VRING_FLAG_LOG) === 0;
+  // Migration resends the address of a running ring with the log flag set.
+  if (!isLogChange) await session.stop(vring);
+  vring.addresses = address;
+  vring.forgetFailure();
+}
+
+export async function setBase(
+  session: Session,
+  { index, num }: VringState,
+): Promise<void> {
+  if (num > 0xffff) throw new Refusal(`base ${num} does not fit 16 bits`);
+  const vring = session.vrings[index];
+  await session.stop(vring);
+  vring.base = num;
+  vring.forgetFailure();
+}
+
+/** Stops the ring; the answer is where it stopped, the same if asked again. */
+export async function getBase(
+  session: Session,
+  { index }: VringState,
+): Promise<VringState> {
+  const vring = session.vrings[index];
+  await session.stop(vring);
+  vring.forgetSetup();
+  return { index, num: vring.base };
+}
+
+export async function setKick(
+  session: Session,
+  { index, hasDescriptor }: VringDescriptorIndex,
+  message: Message,
+): Promise<void> {
+  const vring = session.vrings[index];
+  const source = session.connection.openKick(
+    index,
+    message.descriptors,
+    () => session.kick(vring),
+  );
+  if (hasDescriptor && source === null) throw new Refusal("no descriptor came");
+  try {
+    await session.stop(vring);
+  } finally {
+    vring.setKick(
+      source === null ? { kind: "polled" } : { kind: "event", source },
+    );
+  }
+  vring.forgetFailure();
+}
+
+export function setCall(
+  session: Session,
+  { index }: VringDescriptorIndex,
+  message: Message,
+): void {
+  const vring = session.vrings[index];
+  vring.setCall(session.connection.openCall(index, message.descriptors));
+  // A call between the old descriptor and this one may have been lost.
+  vring.queue?.call();
+}
+
+export function setError(
+  session: Session,
+  { index }: VringDescriptorIndex,
+  message: Message,
+): void {
+  const vring = session.vrings[index];
+  vring.setError(session.connection.openError(index, message.descriptors));
+}
+
+/** Rings that were never set up may be enabled: QEMU under SeaBIOS does it. */
+export async function setEnable(
+  session: Session,
+  { index, num }: VringState,
+): Promise<void> {
+  if (num > 1) throw new Refusal(`enable must be 0 or 1, not ${num}`);
+  const vring = session.vrings[index];
+  if (num === 0) await session.stop(vring);
+  else if (!vring.isEnabled) vring.forgetFailure();
+  vring.isEnabled = num === 1;
+}

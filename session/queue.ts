@@ -1,0 +1,118 @@
+/**
+ * A started queue, as the user's device sees it.
+ *
+ * @module
+ */
+
+import type { GuestMemory } from "../ffi/guest_memory.ts";
+import type { Gpa, RingAddress } from "../protocol/address.ts";
+import type { Device } from "./device.ts";
+
+/** What the session knows when it starts a queue. */
+export interface QueueSetup {
+  readonly device: Device;
+  readonly index: number;
+  readonly size: number;
+  readonly features: bigint;
+  readonly addresses: RingAddresses;
+  readonly descriptorTable: Uint8Array<ArrayBuffer>;
+  readonly availableRing: Uint8Array<ArrayBuffer>;
+  readonly usedRing: Uint8Array<ArrayBuffer>;
+  readonly base: number;
+  readonly logAddress: Gpa | null;
+  readonly isPolled: boolean;
+  readonly memory: GuestMemory;
+  call(): void;
+  fail(reason: string): void;
+}
+
+/** Where the ring is, in the space of the front-end's addresses. */
+export interface RingAddresses {
+  readonly space: "gpa" | "uva";
+  readonly descriptor: RingAddress;
+  readonly available: RingAddress;
+  readonly used: RingAddress;
+}
+
+/**
+ * A virtqueue between `queueStart` and the completion of `queueStop`. Nothing
+ * of it changes in that time. (virtio 1.3, section 2.7 for the layout of the
+ * three areas.)
+ */
+export class Queue {
+  /** The device that it belongs to. */
+  readonly device: Device;
+  /** 0-based. */
+  readonly index: number;
+  /** Number of descriptors; the specification's "queue size". */
+  readonly size: number;
+  /** Negotiated virtio features, without LOG_ALL, which may change. */
+  readonly features: bigint;
+  /** 16 bytes per descriptor. Empty after the queue's memory has gone. */
+  readonly descriptorTable: Uint8Array<ArrayBuffer>;
+  /** flags, idx, ring[size], used_event; u16 each. */
+  readonly availableRing: Uint8Array<ArrayBuffer>;
+  /** flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). */
+  readonly usedRing: Uint8Array<ArrayBuffer>;
+  /** Guest address that stands for the used ring in the dirty log, or null. */
+  readonly logAddress: Gpa | null;
+  /** The front-end gave no kick: whoever processes the queue must look. */
+  readonly isPolled: boolean;
+  /** For `virtqueue/`: the ring's addresses. */
+  readonly addresses: RingAddresses;
+  /** For `virtqueue/`: the memory in which the ring and its buffers are. */
+  readonly memory: GuestMemory;
+  /**
+   * Position in the available ring, free-running, 16 bits. It is where to
+   * begin on start; the device keeps it up to date until its `queueStop` has
+   * completed, because the front-end is told it (GET_VRING_BASE).
+   */
+  availableIndex: number;
+  readonly #setup: QueueSetup;
+  #isStarted = true;
+
+  /** Made by the session only. */
+  constructor(setup: QueueSetup) {
+    this.#setup = setup;
+    this.device = setup.device;
+    this.index = setup.index;
+    this.size = setup.size;
+    this.features = setup.features;
+    this.descriptorTable = setup.descriptorTable;
+    this.availableRing = setup.availableRing;
+    this.usedRing = setup.usedRing;
+    this.logAddress = setup.logAddress;
+    this.isPolled = setup.isPolled;
+    this.addresses = setup.addresses;
+    this.memory = setup.memory;
+    this.availableIndex = setup.base;
+  }
+
+  /** False once the queue has been stopped. */
+  get isStarted(): boolean {
+    return this.#isStarted;
+  }
+
+  /**
+   * Tells the driver that there are used buffers. Never blocks; may be called
+   * from anywhere, inside ops too. Does nothing on a stopped queue or when the
+   * driver polls.
+   */
+  call(): void {
+    if (this.#isStarted) this.#setup.call();
+  }
+
+  /**
+   * Declares the ring broken: the reason is reported and the front-end told
+   * through its error descriptor. The queue stays started, and idle, until the
+   * front-end stops it.
+   */
+  fail(reason: string): void {
+    if (this.#isStarted) this.#setup.fail(reason);
+  }
+
+  /** For the session: the queue has ended. */
+  markStopped(): void {
+    this.#isStarted = false;
+  }
+}

@@ -1,0 +1,212 @@
+/**
+ * Targets: registering one, serving each front-end that comes, taking it down.
+ *
+ * @module
+ */
+
+import { Vhost2Error } from "../ffi/errors.ts";
+import { eventLoop } from "../ffi/event_loop.ts";
+import { featureMask, VirtioFeature } from "../protocol/features.ts";
+import {
+  type Connection,
+  openTransport,
+  targetName,
+  type Transport,
+  type TransportOptions,
+} from "../transports/mod.ts";
+import { Device } from "./device.ts";
+import { isInsideOp } from "./sequencer.ts";
+import { Session } from "./session.ts";
+import type { TargetOps } from "./target_ops.ts";
+
+/** SET_VRING_KICK has 8 bits for the index. */
+const maxQueueCount = 256;
+
+/** Options of `registerTarget`, beside those of the transport. */
+export interface DeviceOptions {
+  /**
+   * Virtio features offered, as a mask. The library appends VERSION_1 and
+   * PROTOCOL_FEATURES and nothing else: ring features such as INDIRECT or
+   * EVENT_IDX are the business of whoever processes the rings
+   * (`virtqueueFeatures` for devices that use `virtqueue/`).
+   */
+  readonly features?: bigint;
+  /** Queues at most, 1 to 256; 1 unless given. */
+  readonly queueCount?: number;
+  /**
+   * Called once per front-end that connects; what it returns is the user's
+   * device.
+   */
+  readonly device: (device: Device) => TargetOps;
+  /**
+   * Told what went wrong with a front-end, an op or the transport. Unless
+   * given such errors are written to the console.
+   */
+  readonly onError?: (error: Vhost2Error, device: Device | null) => void;
+  /** Given one line for each message received and sent. */
+  readonly trace?: (line: string) => void;
+}
+
+/** Options of `registerTarget`. */
+export type TargetOptions = TransportOptions & DeviceOptions;
+
+const registered = new Map<string, Target>();
+
+/** A registered target. */
+export class Target {
+  /** "transport:address". */
+  readonly name: string;
+  readonly #options: TargetOptions;
+  readonly #sessions = new Map<Session, Promise<void>>();
+  readonly #features: bigint;
+  #transport: Transport | undefined;
+  #unregistered: Promise<void> | undefined;
+
+  /** Use `registerTarget`. */
+  constructor(options: TargetOptions, name: string) {
+    this.name = name;
+    this.#options = options;
+    this.#features = (options.features ?? 0n) |
+      featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES);
+  }
+
+  /** The devices of the front-ends that are connected now. */
+  get devices(): readonly Device[] {
+    return [...this.#sessions.keys()].map((session) => session.device);
+  }
+
+  /** For `registerTarget`. */
+  open(): void {
+    eventLoop.ref();
+    try {
+      this.#transport = openTransport(this.#options, {
+        connected: (connection) => this.#serve(connection),
+        failed: (error) => this.#report(error, null),
+      });
+    } catch (error) {
+      eventLoop.unref();
+      throw error;
+    }
+  }
+
+  #report(error: Vhost2Error, device: Device | null): void {
+    if (this.#options.onError === undefined) console.error(error.message);
+    else this.#options.onError(error, device);
+  }
+
+  #serve(connection: Connection): void {
+    let session: Session;
+    try {
+      session = new Session(connection, {
+        owner: this,
+        features: this.#features,
+        queueCount: this.#options.queueCount ?? 1,
+        device: this.#options.device,
+        report: (error, device) => this.#report(error, device),
+        trace: this.#options.trace,
+      });
+    } catch (error) {
+      connection.close();
+      this.#report(error as Vhost2Error, null);
+      return;
+    }
+    const ended = session.run()
+      .catch((error) => this.#report(error, session.device))
+      .finally(() => {
+        this.#sessions.delete(session);
+        this.#transport?.disconnected(connection);
+      });
+    this.#sessions.set(session, ended);
+  }
+
+  /**
+   * Stops accepting front-ends, stops all queues, destroys all devices, and
+   * resolves when the last has gone. Calling it again answers the same.
+   * Rejects when called inside an op of this target, which could never end.
+   */
+  unregister(): Promise<void> {
+    if (isInsideOp(this)) {
+      return Promise.reject(
+        new Vhost2Error(
+          "OP",
+          `Cannot unregister ${this.name} inside one of its ops: let the op complete first`,
+        ),
+      );
+    }
+    this.#unregistered ??= this.#close();
+    return this.#unregistered;
+  }
+
+  async #close(): Promise<void> {
+    this.#transport?.close();
+    for (const session of this.#sessions.keys()) session.connection.close();
+    while (this.#sessions.size > 0) {
+      await Promise.all(this.#sessions.values());
+    }
+    registered.delete(this.name);
+    eventLoop.unref();
+  }
+
+  /** `await using target = await registerTarget(...)` unregisters it. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.unregister();
+  }
+}
+
+/**
+ * Registers a target: from here on front-ends can connect, and a device is
+ * made for each.
+ *
+ * @param options the transport's options and the device's
+ * @returns the target, listening (or connecting) when the promise resolves
+ * @throws Vhost2Error OPTION for unusable options, IN_USE for an address in
+ * use, SYSTEM when the transport cannot be opened
+ *
+ * @example A device that offers nothing, on a socket
+ * ```ts
+ * import { registerTarget } from "vhost2";
+ * await using target = await registerTarget({
+ *   transport: "vhost-user",
+ *   address: `${Deno.makeTempDirSync()}/example.sock`,
+ *   device: () => ({}),
+ * });
+ * if (target.devices.length !== 0) throw new Error("nobody has connected");
+ * ```
+ */
+// deno-lint-ignore require-await -- transports that come next need to await
+export async function registerTarget(options: TargetOptions): Promise<Target> {
+  const { queueCount = 1, features = 0n } = options;
+  if (
+    !Number.isInteger(queueCount) || queueCount < 1 ||
+    queueCount > maxQueueCount
+  ) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use queueCount: ${queueCount} (a whole number from 1 to ${maxQueueCount})`,
+    );
+  }
+  if (
+    typeof features !== "bigint" || features !== BigInt.asUintN(64, features)
+  ) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use features: ${features} (a bigint of 64 bits)`,
+    );
+  }
+  const name = targetName(options);
+  if (registered.has(name)) {
+    throw new Vhost2Error(
+      "IN_USE",
+      `Cannot register ${name}: this process has registered it already`,
+    );
+  }
+  const target = new Target(options, name);
+  registered.set(name, target);
+  try {
+    target.open();
+  } catch (error) {
+    registered.delete(name);
+    throw error;
+  }
+  return target;
+}

@@ -1,0 +1,97 @@
+/**
+ * vhost-user's control object of one queue: what the front-end has set, and
+ * whether the queue runs.
+ *
+ * @module
+ */
+
+import type { VringAddress } from "../protocol/payloads.ts";
+import type { KickSource, NotificationSink } from "../transports/transport.ts";
+import type { Queue } from "./queue.ts";
+
+/** Whether the user's device has the queue. */
+export type RunState =
+  | { readonly kind: "stopped" }
+  /** `queueStart` is being awaited. */
+  | { readonly kind: "starting"; readonly queue: Queue }
+  | { readonly kind: "started"; readonly queue: Queue }
+  /** `queueStop` is being awaited. */
+  | { readonly kind: "stopping"; readonly queue: Queue }
+  /** The start failed; the front-end must set something up again. */
+  | { readonly kind: "failed" };
+
+/** How the front-end notifies: not at all yet, by an event, or not (polled). */
+export type Kick =
+  | { readonly kind: "none" }
+  | { readonly kind: "polled" }
+  | { readonly kind: "event"; readonly source: KickSource };
+
+export class Vring {
+  readonly index: number;
+  /** Number of descriptors; 0 until SET_VRING_NUM. */
+  size = 0;
+  /** Position to start from, and where the last run stopped. */
+  base = 0;
+  addresses: VringAddress | null = null;
+  isEnabled = false;
+  kick: Kick = { kind: "none" };
+  call: NotificationSink | null = null;
+  error: NotificationSink | null = null;
+  run: RunState = { kind: "stopped" };
+
+  constructor(index: number) {
+    this.index = index;
+  }
+
+  /** Whether everything is set that a start needs, memory aside. */
+  get isReady(): boolean {
+    return this.isEnabled && this.size > 0 && this.addresses !== null &&
+      this.kick.kind !== "none" && this.run.kind === "stopped";
+  }
+
+  /** The queue while the user's device has it. */
+  get queue(): Queue | null {
+    return "queue" in this.run ? this.run.queue : null;
+  }
+
+  /** Something was set up again: a failed start may be tried again. */
+  forgetFailure(): void {
+    if (this.run.kind === "failed") this.run = { kind: "stopped" };
+  }
+
+  setKick(kick: Kick): void {
+    if (this.kick.kind === "event") this.kick.source.close();
+    this.kick = kick;
+  }
+
+  setCall(sink: NotificationSink | null): void {
+    this.call?.close();
+    this.call = sink;
+  }
+
+  setError(sink: NotificationSink | null): void {
+    this.error?.close();
+    this.error = sink;
+  }
+
+  /** As GET_VRING_BASE leaves it: the base, and what is enabled, stay. */
+  forgetSetup(): void {
+    this.forgetFailure();
+    this.addresses = null;
+    this.setKick({ kind: "none" });
+  }
+
+  /** As RESET_DEVICE leaves it. */
+  reset(): void {
+    this.forgetSetup();
+    this.isEnabled = false;
+    this.size = 0;
+    this.base = 0;
+  }
+
+  close(): void {
+    this.setKick({ kind: "none" });
+    this.setCall(null);
+    this.setError(null);
+  }
+}

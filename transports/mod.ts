@@ -1,0 +1,47 @@
+/**
+ * The transports by name. Siblings have the same inner shape: options, a name
+ * for the address, `open`.
+ *
+ * @module
+ */
+
+import { Vhost2Error } from "../ffi/errors.ts";
+import type { Transport, TransportHost } from "./transport.ts";
+import * as vhostUser from "./vhost_user/mod.ts";
+
+export * from "./transport.ts";
+export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
+
+/** Options of any transport, told apart by `transport`. */
+export type TransportOptions = vhostUser.VhostUserOptions;
+
+/** `vhost-user`, and so on. */
+export type TransportName = TransportOptions["transport"];
+
+const transports = { "vhost-user": vhostUser } as const;
+
+function find(options: TransportOptions) {
+  const transport = Object.hasOwn(transports, options.transport)
+    ? transports[options.transport]
+    : undefined;
+  if (transport !== undefined) return transport;
+  throw new Vhost2Error(
+    "OPTION",
+    `Cannot use transport: ${String(options.transport)} (known: ${
+      Object.keys(transports).join(", ")
+    })`,
+  );
+}
+
+/** "transport:address", which one process may register once. */
+export function targetName(options: TransportOptions): string {
+  return `${options.transport}:${find(options).addressName(options)}`;
+}
+
+/** Opens the transport that the options name. */
+export function openTransport(
+  options: TransportOptions,
+  host: TransportHost,
+): Transport {
+  return find(options).open(options, host);
+}

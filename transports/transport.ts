@@ -1,0 +1,140 @@
+/**
+ * What a transport is to the session: messages, memory, notifications and
+ * lifecycle, behind one small interface. Nothing here needs a file descriptor:
+ * a PCI transport has registers, doorbells and a shared-memory BAR instead.
+ *
+ * @module
+ */
+
+import { core } from "../ffi/core.ts";
+import type { Vhost2Error } from "../ffi/errors.ts";
+import type { RegionDescription } from "../ffi/guest_memory.ts";
+
+/** The descriptors that came with a message; whoever takes one closes it. */
+export class Descriptors {
+  readonly #fds: number[];
+
+  constructor(fds: number[] = []) {
+    this.#fds = fds;
+  }
+
+  /** How many are left. */
+  get count(): number {
+    return this.#fds.length;
+  }
+
+  /** The numbers, still owned here. */
+  peek(): readonly number[] {
+    return this.#fds;
+  }
+
+  /** Hands the first one over to the caller. */
+  take(): number | undefined {
+    return this.#fds.shift();
+  }
+
+  /** Closes all that nobody took. */
+  close(): void {
+    for (const fd of this.#fds.splice(0)) core.descriptorClose(fd);
+  }
+}
+
+/** One vhost-user message as it arrived. */
+export interface Message {
+  readonly request: number;
+  readonly flags: number;
+  readonly payload: Uint8Array<ArrayBuffer>;
+  readonly descriptors: Descriptors;
+}
+
+/** A message to be sent; descriptors stay the sender's. */
+export interface OutgoingMessage {
+  readonly request: number;
+  readonly flags: number;
+  readonly payload: Uint8Array;
+  readonly fds?: readonly number[];
+}
+
+/** An open notification from the driver (kick). */
+export interface KickSource {
+  /** The eventfd, where the transport has one (a Worker waits on it). */
+  readonly fd: number | null;
+  close(): void;
+}
+
+/** An open notification to the driver (call) or to the front-end (error). */
+export interface NotificationSink {
+  /** Never blocks. */
+  signal(): void;
+  close(): void;
+}
+
+/** The channel for our own requests to the front-end (BACKEND_REQ). */
+export interface BackendChannel {
+  /**
+   * Sends one request; with `needReply` the front-end's u64 is awaited.
+   * Rejects when the channel has closed.
+   */
+  request(
+    request: number,
+    payload: Uint8Array,
+    options?: { fds?: readonly number[]; needReply?: boolean },
+  ): Promise<bigint | undefined>;
+  close(): void;
+}
+
+/** One established channel to one front-end. */
+export interface Connection {
+  /** For people, such as `vhost-user:/tmp/disk.sock`. */
+  readonly name: string;
+  /** Protocol features that this transport can carry. */
+  readonly protocolFeatures: bigint;
+  /**
+   * The next message; null when the front-end has gone. One call at a time.
+   * Rejects with PROTOCOL when the framing is broken.
+   */
+  receive(): Promise<Message | null>;
+  /** Queues a message; never blocks, never throws for a peer that has gone. */
+  send(message: OutgoingMessage): void;
+  /** Where region `index` of a memory message lives. */
+  regionSource(
+    message: Message,
+    index: number,
+  ): RegionDescription["source"];
+  /** Opens what SET_VRING_KICK gives; null when the front-end wants polling. */
+  openKick(
+    queueIndex: number,
+    descriptors: Descriptors,
+    onKick: () => void,
+  ): KickSource | null;
+  /** Opens what SET_VRING_CALL gives; null when the driver polls. */
+  openCall(
+    queueIndex: number,
+    descriptors: Descriptors,
+  ): NotificationSink | null;
+  /** Opens what SET_VRING_ERR gives. */
+  openError(
+    queueIndex: number,
+    descriptors: Descriptors,
+  ): NotificationSink | null;
+  /** Opens what SET_BACKEND_REQ_FD gives. */
+  openBackendChannel(descriptors: Descriptors): BackendChannel;
+  /** Ends the channel; a pending `receive` answers null. */
+  close(): void;
+}
+
+/** What a transport tells the target that it serves. */
+export interface TransportHost {
+  /** A front-end has come; the host owns the connection. */
+  connected(connection: Connection): void;
+  /** Something failed that leaves the transport working (or retrying). */
+  failed(error: Vhost2Error): void;
+}
+
+/** An open transport: listening, or keeping a connection. */
+export interface Transport {
+  /** Stops accepting and connecting; existing connections stay the host's. */
+  close(): void;
+  /** A connection given to the host has ended: a connector may try again. */
+  disconnected(connection: Connection): void;
+}

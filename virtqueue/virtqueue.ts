@@ -1,0 +1,310 @@
+/**
+ * Processing of a started queue: requests out of the ring in batches,
+ * completions back in batches, notifications both ways.
+ *
+ * @module
+ */
+
+import { constants, layouts } from "../ffi/abi.gen.ts";
+import { core } from "../ffi/core.ts";
+import { check, Errno, errnoName, Vhost2Error } from "../ffi/errors.ts";
+import { type Batch, sharedBatch } from "./batch.ts";
+import { activate, deactivate, isActive, type Turn } from "./poller.ts";
+import { Request } from "./request.ts";
+import type { StartedQueue } from "./started_queue.ts";
+
+/** How a queue is to be processed. */
+export interface VirtqueueOptions {
+  /**
+   * Called when `count` requests are in `virtqueue.batch`. What it needs
+   * beyond its return it must copy.
+   */
+  process(count: number): void;
+  /**
+   * Called when the queue is stopping and a request has not completed in
+   * `stopTimeoutMs`: every request still open is to be completed now, with an
+   * error. What is not is forgotten.
+   */
+  expire?(): void;
+  /** Readable bytes at the start of each request, copied out; 0 unless given. */
+  readonly headerBytes?: number;
+  /** 1: the last writable byte (a status) is kept apart; 0 unless given. */
+  readonly trailerBytes?: number;
+  /** Requests per batch, at most; 64 unless given. */
+  readonly maxBatch?: number;
+  /** Microseconds to look for more after the last work; 50 unless given. */
+  readonly pollMicroseconds?: number;
+  /** Milliseconds that a stop waits for open requests; 30000 unless given. */
+  readonly stopTimeoutMs?: number;
+}
+
+const brokenReasons: Record<number, (value: bigint) => string> = {
+  [constants.brokenAvailableIndex]: (v) =>
+    `the available index is ${v} entries ahead, more than the queue has`,
+  [constants.brokenHead]: (v) => `head ${v} is outside the descriptor table`,
+  [constants.brokenHeadInFlight]: (v) =>
+    `head ${v} was made available again before it was used`,
+  [constants.brokenNext]: (v) => `next ${v} is outside the descriptor table`,
+  [constants.brokenLoop]: (v) => `a chain has more than ${v} descriptors`,
+  [constants.brokenUnmapped]: (v) =>
+    `address 0x${v.toString(16)} is not mapped guest memory`,
+  [constants.brokenLength]: () => `a chain has 4 GiB or more`,
+  [constants.brokenOrder]: () => `a readable descriptor follows a writable one`,
+  [constants.brokenIndirectSize]: (v) =>
+    `an indirect table has ${v} bytes, not a multiple of 16 in its limits`,
+  [constants.brokenIndirectNested]: () => `an indirect table is nested`,
+  [constants.brokenIndirectRefused]: () =>
+    `an indirect table where none is allowed`,
+  [constants.brokenSegments]: () => `a chain has too many pieces`,
+  [constants.brokenMemory]: () => `guest memory went away`,
+  [constants.brokenEmpty]: () => `a chain is empty`,
+};
+
+const stateWords = new DataView(new ArrayBuffer(layouts.RingState.byteSize));
+const configWords = new DataView(new ArrayBuffer(layouts.RingConfig.byteSize));
+const reasonOut = new Uint32Array(1);
+
+function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
+  const field = layouts.RingConfig;
+  const { addresses } = queue;
+  configWords.setBigUint64(field.descriptorAddress, addresses.descriptor, true);
+  configWords.setBigUint64(field.availableAddress, addresses.available, true);
+  configWords.setBigUint64(field.usedAddress, addresses.used, true);
+  configWords.setBigUint64(field.features, queue.features, true);
+  configWords.setUint32(
+    field.space,
+    addresses.space === "uva" ? constants.spaceUva : constants.spaceGpa,
+    true,
+  );
+  configWords.setUint32(field.size, queue.size, true);
+  configWords.setUint32(field.base, queue.availableIndex, true);
+  configWords.setUint32(field.headerBytes, options.headerBytes ?? 0, true);
+  configWords.setUint32(field.trailerBytes, options.trailerBytes ?? 0, true);
+  configWords.setUint32(field.flags, 0, true);
+  const result = core.ringCreate(queue.memory.handle, configWords, reasonOut);
+  return check(result, `Cannot process queue ${queue.index}`);
+}
+
+/**
+ * A started queue being processed. Make one in `queueStart`, pass `kick()` the
+ * kicks, and return `stop()` from `queueStop`. A restart makes a new one, so a
+ * completion that comes too late meets the old one and does nothing.
+ */
+export class Virtqueue implements Turn {
+  readonly queue: StartedQueue;
+  readonly batch: Batch;
+  readonly pollMicroseconds: number;
+  readonly #options: VirtqueueOptions;
+  readonly #ring: number;
+  readonly #end = new AbortController();
+  /** Pairs of head and bytes written, not published yet. */
+  readonly #completions: Uint32Array<ArrayBuffer>;
+  #staged = 0;
+  #inFlight = 0;
+  #isOpen = true;
+  #isStopping = false;
+  #isBroken = false;
+  #isInTurn = false;
+  #isFlushScheduled = false;
+  #drained: (() => void) | undefined;
+
+  /**
+   * @param queue a started queue
+   * @param options what to do with its requests
+   * @throws Vhost2Error SYSTEM when the ring cannot be used as it is
+   */
+  constructor(queue: StartedQueue, options: VirtqueueOptions) {
+    this.queue = queue;
+    this.#options = options;
+    this.pollMicroseconds = queue.isPolled
+      ? Infinity
+      : options.pollMicroseconds ?? 50;
+    this.batch = sharedBatch(options.maxBatch ?? 64, options.headerBytes ?? 0);
+    this.#ring = createRing(queue, options);
+    this.#completions = new Uint32Array(queue.size * 2);
+    core.ringDisarm(this.#ring);
+    activate(this);
+  }
+
+  /** Requests popped and not completed. */
+  get inFlight(): number {
+    return this.#inFlight;
+  }
+
+  /** Aborted when a stopping queue waits no longer for its open requests. */
+  get signal(): AbortSignal {
+    return this.#end.signal;
+  }
+
+  /** False once the queue has stopped: completions do nothing then. */
+  get isOpen(): boolean {
+    return this.#isOpen;
+  }
+
+  /** The driver kicked: the ring is looked at in this turn. */
+  kick(): void {
+    if (!this.#isOpen || this.#isStopping || this.#isBroken) return;
+    if (isActive(this) || this.#isInTurn) return;
+    core.ringDisarm(this.#ring);
+    activate(this);
+    this.turn();
+  }
+
+  /** For the poller: a queue's worth of requests at most. */
+  turn(): boolean {
+    if (this.#isStopping || this.#isBroken || this.#isInTurn) return false;
+    this.#isInTurn = true;
+    let budget = Math.max(this.queue.size, this.batch.maxRequests);
+    let isBusy = false;
+    try {
+      while (budget > 0) {
+        const count = this.popBatch();
+        if (count === 0) break;
+        isBusy = true;
+        budget -= count;
+        this.#options.process(count);
+        if (this.#staged > 0) this.flush();
+        if (count < this.batch.maxRequests && budget <= 0) break;
+      }
+    } finally {
+      this.#isInTurn = false;
+      if (this.#staged > 0) this.flush();
+    }
+    return isBusy;
+  }
+
+  /** For the poller: kicks are wanted again; false when there is work. */
+  rest(): boolean {
+    if (this.#isStopping || this.#isBroken) return true;
+    const result = core.ringArm(this.#ring);
+    if (result < 0) this.#break(result);
+    if (result <= 0) return true;
+    core.ringDisarm(this.#ring);
+    return false;
+  }
+
+  /**
+   * Pops into `batch`; the number of requests there. Zero also when the ring
+   * is broken, which is reported once.
+   */
+  popBatch(): number {
+    const { batch } = this;
+    const count = core.ringPop(
+      this.#ring,
+      batch.words,
+      batch.words.length,
+      batch.maxRequests,
+    );
+    if (count > 0) {
+      this.#inFlight += count;
+      return count;
+    }
+    if (count < 0) this.#break(count);
+    return 0;
+  }
+
+  /**
+   * Pops requests as objects, for code that is not in a hurry: views of
+   * guest memory, and `complete` at any later time.
+   */
+  requests(count: number): Request[] {
+    const requests: Request[] = [];
+    for (let i = 0; i < count; i++) requests.push(new Request(this, i));
+    return requests;
+  }
+
+  /**
+   * Returns a request to the driver.
+   *
+   * @param head the request's head
+   * @param written bytes written into its writable segments and trailer
+   * @returns false when the queue has stopped since: nothing was touched
+   */
+  complete(head: number, written: number): boolean {
+    if (!this.#isOpen) return false;
+    if (this.#staged === this.queue.size) this.flush();
+    const at = this.#staged++ * 2;
+    this.#completions[at] = head;
+    this.#completions[at + 1] = written;
+    if (!this.#isInTurn && !this.#isFlushScheduled) {
+      this.#isFlushScheduled = true;
+      queueMicrotask(this.#flushLater);
+    }
+    return true;
+  }
+
+  readonly #flushLater = (): void => {
+    this.#isFlushScheduled = false;
+    this.flush();
+  };
+
+  /** Publishes all completions, and calls the driver if it wants that. */
+  flush(): void {
+    const count = this.#staged;
+    if (count === 0 || !this.#isOpen) return;
+    this.#staged = 0;
+    const result = core.ringPush(this.#ring, this.#completions, count);
+    if (result > 0) this.queue.call();
+    else if (result === -Errno.EINVAL) {
+      throw new Vhost2Error(
+        "RING",
+        `Cannot complete requests of queue ${this.queue.index}: a head that is not in flight is among them`,
+      );
+    } else if (result < 0) this.#break(result);
+    this.#inFlight -= count;
+    if (this.#inFlight === 0) this.#drained?.();
+  }
+
+  #break(errno: number): void {
+    if (this.#isBroken) return;
+    this.#isBroken = true;
+    // A fault of the memory is the session's to report, for all its queues.
+    if (errno === -Errno.EFAULT) return;
+    const field = layouts.RingState;
+    let reason = errnoName(-errno);
+    if (core.ringState(this.#ring, stateWords) >= 0) {
+      const broken = stateWords.getUint32(field.broken, true);
+      const value = stateWords.getBigUint64(field.brokenValue, true);
+      reason = brokenReasons[broken]?.(value) ?? reason;
+    }
+    this.queue.fail(reason);
+  }
+
+  /**
+   * Pops no more and resolves when every request has completed, or, after
+   * `stopTimeoutMs`, been made to.
+   */
+  async stop(): Promise<void> {
+    if (!this.#isOpen) return;
+    this.#isStopping = true;
+    deactivate(this);
+    this.flush();
+    if (this.#inFlight > 0) await this.#drain();
+    this.#end.abort();
+    this.flush();
+    this.#isOpen = false;
+    if (core.ringState(this.#ring, stateWords) >= 0) {
+      this.queue.availableIndex = stateWords.getUint32(
+        layouts.RingState.lastAvailable,
+        true,
+      );
+    }
+    core.ringDestroy(this.#ring);
+  }
+
+  async #drain(): Promise<void> {
+    const { stopTimeoutMs = 30_000 } = this.#options;
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    const isDrained = await new Promise<boolean>((resolve) => {
+      this.#drained = () => resolve(true);
+      timer = setTimeout(() => resolve(false), stopTimeoutMs);
+    });
+    clearTimeout(timer);
+    if (isDrained) return;
+    this.#end.abort();
+    // The abort's listeners run first; what they complete is completed.
+    await Promise.resolve();
+    this.#options.expire?.();
+    this.flush();
+  }
+}
