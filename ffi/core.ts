@@ -4,13 +4,12 @@
  * From a checkout the library is the file that the build left; from a URL or
  * a package it is a generated module, loaded through a memfd, so that nothing
  * but `--allow-ffi` is needed. One core per process: the memfd stays open and
- * its path is shared with Workers, because the same bytes under another
- * number would be a second core with its own state.
+ * Workers find it (memfd.ts), because the same bytes under another number
+ * would be a second core with its own state.
  *
  * @module
  */
 
-import process from "node:process";
 import { abiHash } from "./abi.gen.ts";
 import type { Binding, Core } from "./binding.ts";
 import { check, Vhost2Error } from "./errors.ts";
@@ -43,8 +42,19 @@ function decodeBase64(text: string): Uint8Array {
   return bytes;
 }
 
-/** The memfd's path, for the Workers of this process. */
-const shared = Symbol.for("vhost2.core.path");
+/** The embedded library's path, the same for all isolates of the process. */
+async function embeddedPath(): Promise<string> {
+  const fd = runtime.createMemfd(
+    decodeBase64(await embedded(runtime.architecture)),
+  );
+  if (fd < 0) {
+    throw new Vhost2Error(
+      "CORE",
+      "Cannot load the core: no memfd could be made for it",
+    );
+  }
+  return `/proc/self/fd/${fd}`;
+}
 
 async function load(): Promise<Core> {
   const file = fileBeside();
@@ -55,17 +65,15 @@ async function load(): Promise<Core> {
       // Not built here, or not for this machine: the embedded one remains.
     }
   }
-  const state = process as unknown as Record<symbol, string | undefined>;
-  let path = state[shared];
-  if (path === undefined) {
-    const bytes = decodeBase64(await embedded(runtime.architecture));
-    const fd = runtime.createMemfd(bytes);
-    if (fd < 0) {
-      throw new Vhost2Error("CORE", "Cannot make a memfd for the core");
-    }
-    path = state[shared] = `/proc/self/fd/${fd}`;
+  try {
+    return runtime.bind(await embeddedPath());
+  } catch (error) {
+    if (error instanceof Vhost2Error) throw error;
+    const { message } = error as Error;
+    throw new Vhost2Error("CORE", `Cannot load the core: ${message}`, {
+      cause: error,
+    });
   }
-  return runtime.bind(path);
 }
 
 function fileBeside(): string | null {

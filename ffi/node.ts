@@ -6,11 +6,27 @@
 
 import { constants } from "node:buffer";
 import {
+  closeSync,
+  openSync,
+  readdirSync,
+  readlinkSync,
+  writeSync,
+} from "node:fs";
+import process from "node:process";
+import {
   type Binding,
   type Core,
   declarations,
   type Width,
 } from "./binding.ts";
+import {
+  descriptorFolder,
+  LOCK_EX,
+  lockPath,
+  memfdLink,
+  memfdName,
+  MFD_CLOEXEC,
+} from "./memfd.ts";
 
 /** What of koffi is used here. */
 interface Koffi {
@@ -44,20 +60,46 @@ function bind(path: string): Core {
   ) as unknown as Core;
 }
 
-function createMemfd(bytes: Uint8Array): number {
+/** An open descriptor of this process that is the memfd `name`, or -1. */
+function findMemfd(name: string): number {
+  for (const number of readdirSync(descriptorFolder)) {
+    try {
+      const target = readlinkSync(`${descriptorFolder}/${number}`);
+      if (target === memfdLink(name)) return Number(number);
+    } catch {
+      // Closed in the meantime, as the one that lists them is.
+    }
+  }
+  return -1;
+}
+
+function makeMemfd(name: string, bytes: Uint8Array): number {
   const libc = koffi.load(null);
   const create = libc.func("memfd_create", "int", ["str", "unsigned int"]);
-  const write = libc.func("write", "long", ["int", "void *", "size_t"]);
-  const MFD_CLOEXEC = 1;
-  const fd: number = create("vhost2", MFD_CLOEXEC);
-  let done = 0;
-  while (fd >= 0 && done < bytes.length) {
-    const rest = bytes.subarray(done);
-    const written: number = Number(write(fd, rest, rest.length));
-    if (written <= 0) return -1;
-    done += written;
+  const fd: number = create(name, MFD_CLOEXEC);
+  if (fd < 0) return -1;
+  try {
+    for (let done = 0; done < bytes.length;) {
+      done += writeSync(fd, bytes, done);
+    }
+    return fd;
+  } catch {
+    closeSync(fd);
+    return -1;
   }
-  return fd;
+}
+
+function createMemfd(bytes: Uint8Array): number {
+  const name = memfdName(bytes);
+  const flock = koffi.load(null).func("flock", "int", ["int", "int"]);
+  const lock = openSync(lockPath, "r");
+  flock(lock, LOCK_EX);
+  try {
+    const existing = findMemfd(name);
+    return existing >= 0 ? existing : makeMemfd(name, bytes);
+  } finally {
+    closeSync(lock);
+  }
 }
 
 /** What the core calls through in Node. */

@@ -1,0 +1,81 @@
+//! Builds the core: one shared library per architecture, its tests, and the
+//! TypeScript bindings made from its own declarations.
+//!
+//!   zig build                  the libraries, and what is generated into ffi/
+//!   zig build test             the core's own tests
+//!   zig build abi-check        fails when ffi/abi.gen.ts is stale
+
+const std = @import("std");
+
+const architectures = [_]std.Target.Cpu.Arch{ .x86_64, .aarch64 };
+
+pub fn build(b: *std.Build) void {
+    const optimize: std.builtin.OptimizeMode = switch (b.release_mode) {
+        .fast => .ReleaseFast,
+        .small => .ReleaseSmall,
+        .off => .Debug,
+        else => .ReleaseSafe,
+    };
+    const update = b.addUpdateSourceFiles();
+    b.getInstallStep().dependOn(&update.step);
+
+    const embedder = tool(b, "embed");
+    for (architectures) |arch| {
+        const library = core(b, arch, optimize);
+        b.getInstallStep().dependOn(&b.addInstallArtifact(library, .{}).step);
+        const embed = b.addRunArtifact(embedder);
+        embed.addFileArg(library.getEmittedBin());
+        const module = b.fmt("ffi/embedded/{s}.ts", .{@tagName(arch)});
+        update.addCopyFileToSource(embed.captureStdOut(.{}), module);
+    }
+
+    const generated = b.addRunArtifact(tool(b, "generate_abi")).captureStdOut(.{});
+    update.addCopyFileToSource(generated, "ffi/abi.gen.ts");
+
+    const compare = b.addSystemCommand(&.{"cmp"});
+    compare.addFileArg(generated);
+    compare.addFileArg(b.path("ffi/abi.gen.ts"));
+    b.step("abi-check", "Fail when ffi/abi.gen.ts is stale").dependOn(&compare.step);
+
+    const tests = b.addTest(.{
+        .root_module = b.createModule(.{
+            .root_source_file = b.path("core-zig/exports.zig"),
+            .target = b.graph.host,
+            .optimize = .Debug,
+            .link_libc = true,
+        }),
+    });
+    const run_tests = b.addRunArtifact(tests);
+    b.step("test", "Run the core's tests").dependOn(&run_tests.step);
+}
+
+/// A program that runs while building.
+fn tool(b: *std.Build, name: []const u8) *std.Build.Step.Compile {
+    return b.addExecutable(.{
+        .name = name,
+        .root_module = b.createModule(.{
+            .root_source_file = b.path(b.fmt("core-zig/{s}.zig", .{name})),
+            .target = b.graph.host,
+            .optimize = .Debug,
+            .link_libc = true,
+        }),
+    });
+}
+
+/// `linux-none`: no libc of its own, so that one file serves glibc and musl;
+/// the few symbols it needs (`pthread_create`, `dlopen`) are the host's.
+fn core(b: *std.Build, arch: std.Target.Cpu.Arch, optimize: std.builtin.OptimizeMode) *std.Build.Step.Compile {
+    return b.addLibrary(.{
+        .name = b.fmt("vhost2-{s}", .{@tagName(arch)}),
+        .linkage = .dynamic,
+        .root_module = b.createModule(.{
+            .root_source_file = b.path("core-zig/exports.zig"),
+            .target = b.resolveTargetQuery(.{ .cpu_arch = arch, .os_tag = .linux, .abi = .none }),
+            .optimize = optimize,
+            .pic = true,
+            .strip = true,
+            .link_libc = false,
+            .single_threaded = false,
+        }),
+    });
+}

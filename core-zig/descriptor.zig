@@ -1,0 +1,157 @@
+//! File descriptors: eventfds, memfds, files, and what kind one is. All that
+//! are made here are close-on-exec.
+
+const std = @import("std");
+const sys = @import("linux.zig");
+const layout = @import("layout.zig");
+const linux = sys.linux;
+
+pub fn close(fd: i32) callconv(.c) i32 {
+    // Not repeated on EINTR: Linux has released the number by then.
+    return sys.result(linux.close(fd));
+}
+
+/// `layout.kind_*`. An eventfd is also made non-blocking here: a front-end
+/// that fills its counter must not be able to block us in a call.
+pub fn kind(fd: i32) callconv(.c) i32 {
+    var stat: linux.Statx = undefined;
+    const raw = linux.statx(fd, "", linux.AT.EMPTY_PATH, linux.STATX.BASIC_STATS, &stat);
+    if (sys.isError(raw)) return sys.result(raw);
+    switch (stat.mode & linux.S.IFMT) {
+        linux.S.IFREG => return layout.kind_file,
+        linux.S.IFBLK => return layout.kind_block,
+        linux.S.IFSOCK => {
+            var value: i32 = 0;
+            var length: linux.socklen_t = 4;
+            const option = linux.getsockopt(fd, linux.SOL.SOCKET, linux.SO.ACCEPTCONN, @ptrCast(&value), &length);
+            if (sys.isError(option)) return sys.result(option);
+            return if (value != 0) layout.kind_listener else layout.kind_socket;
+        },
+        else => {},
+    }
+    var path_buffer: [32]u8 = undefined;
+    const path = std.fmt.bufPrintZ(&path_buffer, "/proc/self/fd/{d}", .{fd}) catch return sys.fail(.INVAL);
+    var link: [64]u8 = undefined;
+    const length = linux.readlink(path, &link, link.len);
+    if (sys.isError(length)) return layout.kind_other;
+    if (!std.mem.eql(u8, link[0..length], "anon_inode:[eventfd]")) return layout.kind_other;
+    const flags = linux.fcntl(fd, linux.F.GETFL, 0);
+    if (sys.isError(flags)) return sys.result(flags);
+    const non_blocking: u32 = @bitCast(linux.O{ .NONBLOCK = true });
+    const set = linux.fcntl(fd, linux.F.SETFL, flags | non_blocking);
+    if (sys.isError(set)) return sys.result(set);
+    return layout.kind_eventfd;
+}
+
+pub fn duplicate(fd: i32) callconv(.c) i32 {
+    const F_DUPFD_CLOEXEC = 1030;
+    return sys.result(linux.fcntl(fd, F_DUPFD_CLOEXEC, 3));
+}
+
+pub fn eventfdCreate() callconv(.c) i32 {
+    return sys.result(linux.eventfd(0, linux.EFD.CLOEXEC | linux.EFD.NONBLOCK));
+}
+
+/// Adds one. A full counter already says what we have to say.
+pub fn eventfdSignal(fd: i32) callconv(.c) i32 {
+    const one: u64 = 1;
+    while (true) {
+        const raw = linux.write(fd, @ptrCast(&one), 8);
+        switch (linux.errno(raw)) {
+            .SUCCESS, .AGAIN => return 0,
+            .INTR => continue,
+            else => return sys.result(raw),
+        }
+    }
+}
+
+/// Reads and clears the counter: 0 when it was clear; clipped to 31 bits.
+pub fn eventfdTake(fd: i32) callconv(.c) i32 {
+    var count: u64 = 0;
+    while (true) {
+        const raw = linux.read(fd, @ptrCast(&count), 8);
+        switch (linux.errno(raw)) {
+            .SUCCESS => return @intCast(@min(count, std.math.maxInt(i32))),
+            .AGAIN => return 0,
+            .INTR => continue,
+            else => return sys.result(raw),
+        }
+    }
+}
+
+/// An f64 that is a size: a whole number from 0 to 2^53.
+pub fn sizeOf(value: f64) ?u64 {
+    if (!(value >= 0 and value <= 9007199254740992.0)) return null;
+    return @intFromFloat(value);
+}
+
+pub fn memfdCreate(size: f64) callconv(.c) i32 {
+    const bytes = sizeOf(size) orelse return sys.fail(.INVAL);
+    const fd = sys.result(linux.memfd_create("vhost2", linux.MFD.CLOEXEC | linux.MFD.ALLOW_SEALING));
+    if (fd < 0) return fd;
+    const resized = linux.ftruncate(fd, @intCast(bytes));
+    if (sys.isError(resized)) {
+        sys.closeQuietly(fd);
+        return sys.result(resized);
+    }
+    return fd;
+}
+
+pub fn memfdResize(fd: i32, size: f64) callconv(.c) i32 {
+    const bytes = sizeOf(size) orelse return sys.fail(.INVAL);
+    return sys.result(linux.ftruncate(fd, @intCast(bytes)));
+}
+
+/// flags: bit 0 write, bit 1 create, bit 2 O_DIRECT.
+pub fn fileOpen(path: [*]const u8, path_length: u32, flags: u32) callconv(.c) i32 {
+    var buffer: [4096]u8 = undefined;
+    if (path_length >= buffer.len) return sys.fail(.NAMETOOLONG);
+    @memcpy(buffer[0..path_length], path[0..path_length]);
+    buffer[path_length] = 0;
+    const open_flags: linux.O = .{
+        .ACCMODE = if (flags & 1 != 0) .RDWR else .RDONLY,
+        .CREAT = flags & 2 != 0,
+        .DIRECT = flags & 4 != 0,
+        .CLOEXEC = true,
+    };
+    while (true) {
+        const raw = linux.open(@ptrCast(&buffer), open_flags, 0o644);
+        if (linux.errno(raw) == .INTR) continue;
+        return sys.result(raw);
+    }
+}
+
+/// Bytes of a file or a block device, or a negative errno.
+pub fn fileSize(fd: i32) callconv(.c) f64 {
+    const raw = linux.lseek(fd, 0, linux.SEEK.END);
+    return @floatFromInt(@as(isize, @bitCast(raw)));
+}
+
+test "the kind of a descriptor is told apart" {
+    const event = eventfdCreate();
+    defer sys.closeQuietly(event);
+    const memfd = memfdCreate(4096);
+    defer sys.closeQuietly(memfd);
+    try std.testing.expectEqual(@as(i32, layout.kind_eventfd), kind(event));
+    try std.testing.expectEqual(@as(i32, layout.kind_file), kind(memfd));
+    try std.testing.expectEqual(sys.fail(.BADF), kind(-1));
+    try std.testing.expectEqual(4096.0, fileSize(memfd));
+}
+
+test "a full eventfd never blocks a signal" {
+    const fd = sys.result(linux.eventfd(0, linux.EFD.CLOEXEC));
+    defer sys.closeQuietly(fd);
+    try std.testing.expectEqual(@as(i32, layout.kind_eventfd), kind(fd));
+    const nearly: u64 = std.math.maxInt(u64) - 1;
+    _ = linux.write(fd, @ptrCast(&nearly), 8);
+    try std.testing.expectEqual(0, eventfdSignal(fd));
+    try std.testing.expectEqual(std.math.maxInt(i32), eventfdTake(fd));
+    try std.testing.expectEqual(0, eventfdTake(fd));
+}
+
+test "sizes that are no whole number of bytes are refused" {
+    try std.testing.expectEqual(null, sizeOf(-1));
+    try std.testing.expectEqual(null, sizeOf(std.math.nan(f64)));
+    try std.testing.expectEqual(null, sizeOf(1e300));
+    try std.testing.expectEqual(sys.fail(.INVAL), memfdCreate(-5));
+}

@@ -1,0 +1,120 @@
+//! The core's whole surface: the only file with exports. Each function takes
+//! fixed-width integers, f64 and pointers, and returns a result (>= 0) or a
+//! negative errno. `manifest` names every one of them with its parameters;
+//! `abi.zig` makes `ffi/abi.gen.ts` of it.
+
+const std = @import("std");
+const builtin = @import("builtin");
+const abi = @import("abi.zig");
+const layout = @import("layout.zig");
+const process = @import("process.zig");
+const descriptor = @import("descriptor.zig");
+const socket = @import("socket.zig");
+const poll = @import("poll.zig");
+const memory = @import("memory/memory.zig");
+const ring = @import("ring/split.zig");
+const file = @import("file/engine.zig");
+const driver = @import("ring/load.zig");
+
+pub const panic = process.panic;
+
+fn core_hash() callconv(.c) u32 {
+    return comptime abi.hash(manifest);
+}
+
+/// Name, function, parameter names. A parameter's width is the function's.
+pub const manifest = .{
+    // The process: call `core_init` once per isolate, it counts nothing.
+    .{ "core_hash", core_hash, "" },
+    .{ "core_init", process.init, "" },
+
+    // Descriptors
+    .{ "descriptor_close", descriptor.close, "fd" },
+    .{ "descriptor_kind", descriptor.kind, "fd" },
+    .{ "descriptor_duplicate", descriptor.duplicate, "fd" },
+    .{ "eventfd_create", descriptor.eventfdCreate, "" },
+    .{ "eventfd_signal", descriptor.eventfdSignal, "fd" },
+    .{ "eventfd_take", descriptor.eventfdTake, "fd" },
+    .{ "memfd_create", descriptor.memfdCreate, "size" },
+    .{ "memfd_resize", descriptor.memfdResize, "fd size" },
+    .{ "file_open", descriptor.fileOpen, "path path_length flags" },
+    .{ "file_size", descriptor.fileSize, "fd" },
+
+    // Unix sockets
+    .{ "socket_listen", socket.listen, "path path_length mode" },
+    .{ "socket_unlink", socket.unlink, "path path_length" },
+    .{ "socket_connect", socket.connect, "path path_length" },
+    .{ "socket_accept", socket.accept, "fd" },
+    .{ "socket_pair", socket.pair, "fds_out" },
+    .{ "socket_send", socket.send, "fd data length fds fd_count" },
+    .{ "socket_receive", socket.receive, "fd data capacity fds_out fd_capacity info_out" },
+
+    // Wake-ups
+    .{ "poll_create", poll.create, "wake_fd_out" },
+    .{ "poll_add", poll.add, "poll fd token writable" },
+    .{ "poll_remove", poll.remove, "poll fd" },
+    .{ "poll_drain", poll.drain, "poll events_out capacity" },
+    .{ "poll_wait", poll.wait, "poll timeout_ms events_out capacity" },
+    .{ "poll_quiet", poll.quiet, "poll is_quiet" },
+    .{ "poll_close", poll.close, "poll" },
+
+    // Guest memory
+    .{ "memory_create", memory.create, "poll" },
+    .{ "memory_prepare", memory.prepare, "memory kind requests count result_out" },
+    .{ "memory_commit", memory.commit, "memory retired_views_out capacity" },
+    .{ "memory_abort", memory.abort, "memory" },
+    .{ "memory_regions", memory.regions, "memory regions_out capacity" },
+    .{ "memory_release", memory.release, "memory view_first is_detached" },
+    .{ "memory_revoke", memory.revoke, "memory" },
+    .{ "memory_state", memory.state, "memory" },
+    .{ "memory_translate", memory.translate, "memory space address length translation_out" },
+    .{ "memory_copy", memory.copy, "memory copies count buffer buffer_size" },
+    .{ "memory_destroy", memory.destroy, "memory" },
+    .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
+    .{ "map_shared", memory.mapShared, "fd size address_out" },
+    .{ "unmap", memory.unmap, "address size" },
+
+    // The split ring, device side
+    .{ "ring_create", ring.create, "memory config reason_out" },
+    .{ "ring_pop", ring.pop, "ring batch batch_words max" },
+    .{ "ring_push", ring.push, "ring completions count" },
+    .{ "ring_arm", ring.arm, "ring" },
+    .{ "ring_disarm", ring.disarm, "ring" },
+    .{ "ring_state", ring.state, "ring state_out" },
+    .{ "ring_destroy", ring.destroy, "ring" },
+
+    // File I/O between files and guest memory
+    .{ "io_create", file.create, "entries use_threads" },
+    .{ "io_event", file.event, "io" },
+    .{ "io_kind", file.kind, "io" },
+    .{ "io_submit", file.submit, "io requests count segments segment_count" },
+    .{ "io_reap", file.reap, "io completions_out capacity" },
+    .{ "io_destroy", file.destroy, "io" },
+
+    // The other side of the ring, for load generation (frontend/)
+    .{ "load_run", driver.run, "config result_out" },
+};
+
+comptime {
+    if (!builtin.is_test) {
+        for (manifest) |entry| {
+            const function = entry[1];
+            @export(&function, .{ .name = "vhost2_" ++ entry[0] });
+        }
+    }
+}
+
+test {
+    _ = abi;
+    _ = @import("handles.zig");
+    _ = @import("sync.zig");
+    _ = @import("linux.zig");
+    _ = process;
+    _ = descriptor;
+    _ = socket;
+    _ = poll;
+    _ = memory;
+    _ = ring;
+    _ = file;
+    _ = driver;
+}

@@ -1,0 +1,302 @@
+//! Requests as a device sees them: a chain of descriptors in guest memory
+//! becomes one record (`layout.Request`, then the header's bytes) and a run of
+//! segments in the caller's batch. Descriptors are hostile: each field is read
+//! once, checked, translated, and never looked at again.
+
+const std = @import("std");
+const layout = @import("../layout.zig");
+const memory = @import("../memory/memory.zig");
+
+pub const descriptor_size = 16;
+/// Virtio 1.3, 2.7.5: `flags` of a descriptor.
+pub const flag_next: u16 = 1;
+pub const flag_write: u16 = 2;
+pub const flag_indirect: u16 = 4;
+
+/// Drivers may make an indirect table longer than the queue (Linux does).
+pub const indirect_limit_minimum: u32 = 1024;
+
+pub const request_words = @sizeOf(layout.Request) / 4;
+pub const segment_words = @sizeOf(layout.Segment) / 4;
+
+/// Words from one record to the next: segments behind them stay aligned.
+pub fn recordStride(header_bytes: u32) u32 {
+    return std.mem.alignForward(u32, request_words + (header_bytes + 3) / 4, 4);
+}
+
+pub const Descriptor = struct {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+
+    /// The one read of a descriptor in a table aligned as the queue's own is.
+    pub inline fn load(pointer: *align(16) const [2]u64) Descriptor {
+        return make(@atomicLoad(u64, &pointer[0], .monotonic), @atomicLoad(u64, &pointer[1], .monotonic));
+    }
+
+    /// The one read of a descriptor at any address (indirect tables).
+    pub inline fn loadUnaligned(pointer: *align(1) const volatile [2]u64) Descriptor {
+        return make(pointer[0], pointer[1]);
+    }
+
+    inline fn make(low: u64, high: u64) Descriptor {
+        return .{
+            .address = low,
+            .length = @truncate(high),
+            .flags = @truncate(high >> 32),
+            .next = @truncate(high >> 48),
+        };
+    }
+};
+
+/// `Broken`: the driver broke a rule, see `Batch.reason` and `Batch.value`.
+/// `Full`: the segments do not fit in what is left of the batch.
+pub const Error = error{ Broken, Full };
+
+/// The view hit last, translated inline. As the table, it is good only within
+/// the reader section.
+const Window = struct {
+    start: u64 = 0,
+    length: u64 = 0,
+    pointer: [*]u8 = undefined,
+    view: u32 = 0,
+};
+
+/// Writes the records and segments of one pop. For each request: `begin`,
+/// `add` per descriptor, then `finish`; one that fails is the batch's last.
+pub const Batch = struct {
+    table: *const memory.Table,
+    cache: *memory.Cache,
+    words: [*]u32,
+    stride: u32,
+    segments: [*]align(4) layout.Segment,
+    segment_capacity: u32,
+    header_bytes: u32,
+    trailer_bytes: u32,
+
+    window: Window = .{},
+    record_count: u32 = 0,
+    segment_count: u32 = 0,
+
+    // The request under way.
+    first: u32 = 0,
+    readable_end: u32 = 0,
+    header_length: u32 = 0,
+    readable: u64 = 0,
+    writable: u64 = 0,
+    has_writable: bool = false,
+
+    reason: u32 = layout.broken_none,
+    value: u64 = 0,
+
+    /// The room for segments is what `max` records leave of the batch; null
+    /// when they do not fit.
+    pub inline fn init(table: *const memory.Table, cache: *memory.Cache, words: [*]u32, word_count: u32, max: u32, header_bytes: u32, trailer_bytes: u32) ?Batch {
+        const stride = recordStride(header_bytes);
+        const start = @as(u64, max) * stride;
+        if (start > word_count) return null;
+        return .{
+            .table = table,
+            .cache = cache,
+            .words = words,
+            .stride = stride,
+            .segments = @ptrCast(words + @as(usize, @intCast(start))),
+            .segment_capacity = (word_count - @as(u32, @intCast(start))) / segment_words,
+            .header_bytes = header_bytes,
+            .trailer_bytes = trailer_bytes,
+        };
+    }
+
+    pub inline fn begin(self: *Batch) void {
+        self.first = self.segment_count;
+        self.readable_end = self.segment_count;
+        self.header_length = 0;
+        self.readable = 0;
+        self.writable = 0;
+        self.has_writable = false;
+    }
+
+    pub noinline fn breach(self: *Batch, reason: u32, value: u64) Error {
+        self.reason = reason;
+        self.value = value;
+        return error.Broken;
+    }
+
+    /// First piece of a range in guest memory (at least one byte).
+    inline fn piece(self: *Batch, address: u64, length: u32) Error!memory.Piece {
+        if (address -% self.window.start >= self.window.length) try self.moveWindow(address);
+        const offset: u32 = @intCast(address - self.window.start);
+        return .{
+            .pointer = self.window.pointer + offset,
+            .view = self.window.view,
+            .offset = offset,
+            .length = @intCast(@min(length, self.window.length - offset)),
+        };
+    }
+
+    noinline fn moveWindow(self: *Batch, address: u64) Error!void {
+        const found = self.table.piece(self.cache, layout.space_gpa, address, layout.view_size) orelse
+            return self.breach(layout.broken_unmapped, address);
+        // A view's offset 0 is mapped too: all of it can be reached.
+        self.window = .{
+            .start = address - found.offset,
+            .length = @as(u64, found.offset) + found.length,
+            .pointer = found.pointer - found.offset,
+            .view = found.view,
+        };
+    }
+
+    /// One buffer of the request, `index` being its descriptor.
+    pub inline fn add(self: *Batch, descriptor: Descriptor, index: u32) Error!void {
+        const is_writable = descriptor.flags & flag_write != 0;
+        if (is_writable) {
+            self.has_writable = true;
+        } else if (self.has_writable) {
+            return self.breach(layout.broken_order, index);
+        }
+        // Nothing to reach, so its address need not be mapped.
+        if (descriptor.length == 0) return;
+        // At most 2^17 descriptors of less than 2^32 bytes: no overflow.
+        if (is_writable) self.writable += descriptor.length else self.readable += descriptor.length;
+        if (self.readable + self.writable > std.math.maxInt(u32)) {
+            return self.breach(layout.broken_length, self.readable + self.writable);
+        }
+        var address = descriptor.address;
+        var left: u32 = descriptor.length;
+        while (true) {
+            var part = try self.piece(address, left);
+            // No overflow: no region holds the last byte below 2^64.
+            address += part.length;
+            left -= part.length;
+            if (!is_writable and self.header_length < self.header_bytes) {
+                const count = @min(part.length, self.header_bytes - self.header_length);
+                copyFromGuest(self.header() + self.header_length, part.pointer, count);
+                self.header_length += count;
+                part.offset += count;
+                part.length -= count;
+            }
+            if (part.length != 0) {
+                if (self.segment_count == self.segment_capacity) return error.Full;
+                self.segments[self.segment_count] = .{
+                    .view = part.view,
+                    .offset = part.offset,
+                    .length = part.length,
+                    .access = if (is_writable) layout.access_write else layout.access_read,
+                };
+                self.segment_count += 1;
+                if (!is_writable) self.readable_end = self.segment_count;
+            }
+            if (left == 0) return;
+        }
+    }
+
+    inline fn header(self: *Batch) [*]u8 {
+        return @ptrCast(self.words + @as(usize, self.record_count) * self.stride + request_words);
+    }
+
+    /// Writes the record of the request under way.
+    pub inline fn finish(self: *Batch, head: u32, serial: u32) Error!void {
+        if (self.readable + self.writable == 0) return self.breach(layout.broken_empty, head);
+        var record: layout.Request = .{
+            .head = head,
+            .segment_first = self.first,
+            .readable_count = self.readable_end - self.first,
+            .writable_count = self.segment_count - self.readable_end,
+            .readable_bytes = @intCast(self.readable - self.header_length),
+            .writable_bytes = @intCast(self.writable),
+            .header_length = self.header_length,
+            .trailer_length = 0,
+            .trailer_view = 0,
+            .trailer_offset = 0,
+            .serial = serial,
+            .reserved = 0,
+        };
+        if (self.trailer_bytes != 0 and record.writable_count != 0) {
+            const last = &self.segments[self.segment_count - 1];
+            last.length -= 1;
+            record.trailer_length = 1;
+            record.trailer_view = last.view;
+            record.trailer_offset = last.offset + last.length;
+            record.writable_bytes -= 1;
+            if (last.length == 0) {
+                record.writable_count -= 1;
+                self.segment_count -= 1;
+            }
+        }
+        if (self.header_length < self.header_bytes) {
+            // No bytes of an earlier request in the place of those missing.
+            @memset((self.header() + self.header_length)[0 .. self.header_bytes - self.header_length], 0);
+        }
+        const out: *align(4) layout.Request = @ptrCast(self.words + @as(usize, self.record_count) * self.stride);
+        out.* = record;
+        self.record_count += 1;
+    }
+};
+
+/// The one read of header bytes. The usual lengths are whole words.
+inline fn copyFromGuest(to: [*]u8, from: [*]const u8, length: u32) void {
+    var at: u32 = 0;
+    while (length - at >= 8) : (at += 8) {
+        const word = @as(*align(1) const volatile u64, @ptrCast(from + at)).*;
+        std.mem.writeInt(u64, to[at..][0..8], word, .little);
+    }
+    while (at < length) : (at += 1) {
+        to[at] = @as(*const volatile u8, @ptrCast(from + at)).*;
+    }
+}
+
+/// Adds the buffers of an indirect table. It may lie at any address (2.7.7.2
+/// asks for no alignment) and across regions.
+pub fn addIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!void {
+    const count = length / descriptor_size;
+    if (count == 0 or length % descriptor_size != 0 or count > @max(queue_size, indirect_limit_minimum)) {
+        return batch.breach(layout.broken_indirect_size, length);
+    }
+    // `next` may lead there without a look at what lies between.
+    if (address > std.math.maxInt(u64) - @as(u64, length - 1)) return batch.breach(layout.broken_unmapped, address);
+    const piece = try batch.piece(address, length);
+    var index: u32 = 0;
+    for (0..count) |_| {
+        const descriptor = if (piece.length == length)
+            Descriptor.loadUnaligned(@ptrCast(piece.pointer + @as(usize, index) * descriptor_size))
+        else
+            try gather(batch, address + @as(u64, index) * descriptor_size);
+        if (descriptor.flags & flag_indirect != 0) return batch.breach(layout.broken_indirect_nested, index);
+        try batch.add(descriptor, index);
+        if (descriptor.flags & flag_next == 0) return;
+        if (descriptor.next >= count) return batch.breach(layout.broken_next, descriptor.next);
+        index = descriptor.next;
+    }
+    return batch.breach(layout.broken_loop, count);
+}
+
+/// A descriptor whose table is not in one piece.
+fn gather(batch: *Batch, address: u64) Error!Descriptor {
+    var bytes: [descriptor_size]u8 = undefined;
+    var at: u32 = 0;
+    while (at < descriptor_size) {
+        const piece = try batch.piece(address + at, descriptor_size - at);
+        copyFromGuest(bytes[at..].ptr, piece.pointer, piece.length);
+        at += piece.length;
+    }
+    return .loadUnaligned(@ptrCast(&bytes));
+}
+
+test "records keep the segments behind them aligned" {
+    try std.testing.expectEqual(12, recordStride(0));
+    try std.testing.expectEqual(16, recordStride(1));
+    try std.testing.expectEqual(16, recordStride(16));
+    try std.testing.expectEqual(20, recordStride(17));
+}
+
+test "bytes are copied for every length" {
+    var from: [40]u8 = undefined;
+    for (&from, 0..) |*byte, i| byte.* = @intCast(i + 1);
+    for (0..33) |length| {
+        var to: [40]u8 = @splat(0);
+        copyFromGuest(&to, from[3..].ptr, @intCast(length));
+        try std.testing.expectEqualSlices(u8, from[3..][0..length], to[0..length]);
+        try std.testing.expectEqual(0, to[length]);
+    }
+}
