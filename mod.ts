@@ -18,6 +18,9 @@ export { Queue, type RingAddresses } from "./session/queue.ts";
 // Requests over a started queue.
 export * from "./virtqueue/mod.ts";
 
+// Devices.
+export * from "./devices/mod.ts";
+
 // The words of the protocol.
 export {
   type Gpa,

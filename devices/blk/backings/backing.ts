@@ -1,0 +1,84 @@
+/**
+ * What a disk asks of the place where its bytes are.
+ *
+ * @module
+ */
+
+import type { Vhost2Error } from "../../../ffi/errors.ts";
+import type { Batch, StartedQueue } from "../../../virtqueue/mod.ts";
+
+/** How a request ended: the status byte of virtio 1.3, 5.2.6. */
+export const Status = { OK: 0, IOERR: 1, UNSUPP: 2 } as const;
+
+/** The requests of one started queue, as its backing sees them. */
+export interface BackingClient {
+  readonly queue: StartedQueue;
+  /** The batch that is being processed. */
+  readonly batch: Batch;
+  /** Aborted when the stopping queue waits no longer for its requests. */
+  readonly signal: AbortSignal;
+  /**
+   * Ends a request, or one part of it, at any time; what comes after the
+   * request has been ended otherwise does nothing.
+   */
+  finish(head: number, status: number): void;
+  /** Whether the request still waits for its `finish`. */
+  isOpen(head: number): boolean;
+  /** Tells the user what a failed request does not say. */
+  report(error: Vhost2Error): void;
+}
+
+/**
+ * Serves the requests of one started queue. `head` names the request; offsets
+ * and lengths are bytes, whole blocks inside the disk. Data is in segments
+ * `segmentFirst` and on of the client's batch, valid until `submit` returns.
+ */
+export interface BackingQueue {
+  read(
+    head: number,
+    offset: number,
+    length: number,
+    segmentFirst: number,
+    segmentCount: number,
+  ): void;
+  /** `isDurable`: not finished before it would survive a loss of power. */
+  write(
+    head: number,
+    offset: number,
+    length: number,
+    segmentFirst: number,
+    segmentCount: number,
+    isDurable: boolean,
+  ): void;
+  flush(head: number): void;
+  /** What is read there afterwards is anything. */
+  discard(head: number, offset: number, length: number): void;
+  /** What is read there afterwards is zeros. */
+  writeZeroes(
+    head: number,
+    offset: number,
+    length: number,
+    mayUnmap: boolean,
+    isDurable: boolean,
+  ): void;
+  /** The batch ends: what was put off is begun now. */
+  submit(): void;
+  /** The queue has stopped: nothing more is asked. */
+  close(): void;
+}
+
+/** The place where a disk's bytes are, shared by all its queues. */
+export interface Backing {
+  /** For people: "memory", or the file's path. */
+  readonly name: string;
+  /** Bytes. */
+  readonly size: number;
+  readonly isReadOnly: boolean;
+  readonly canDiscard: boolean;
+  readonly canWriteZeroes: boolean;
+  openQueue(client: BackingClient): BackingQueue;
+  /** Makes room for another size; rejects when that cannot be. */
+  resize(size: number): void | Promise<void>;
+  /** After the last queue was closed. */
+  close(): void | Promise<void>;
+}

@@ -1,0 +1,186 @@
+/**
+ * A disk in the memory of this process. Pages that were never written cost
+ * none.
+ *
+ * @module
+ */
+
+import { constants as bufferLimits } from "node:buffer";
+import { Vhost2Error } from "../../../ffi/errors.ts";
+import { SegmentWord } from "../../../virtqueue/mod.ts";
+import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
+import { Status } from "./backing.ts";
+import { Copies, fromGuest, toGuest } from "./copies.ts";
+
+/** Zeroing skips what was never written, in steps of these many bytes. */
+const stepShift = 16;
+const stepSize = 1 << stepShift;
+
+/** Used up inside one batch, so that all queues of an isolate share them. */
+const copies = new Copies();
+
+class Storage {
+  bytes: Uint8Array<ArrayBuffer>;
+  /** 1 for each step that was written. */
+  written: Uint8Array<ArrayBuffer>;
+
+  constructor(size: number) {
+    this.bytes = allocate(size);
+    this.written = new Uint8Array(Math.ceil(size / stepSize));
+  }
+
+  resize(size: number): void {
+    const kept = Math.min(size, this.bytes.length);
+    const { bytes, written } = new Storage(size);
+    for (let step = 0; step * stepSize < kept; step++) {
+      if (this.written[step] === 0) continue;
+      written[step] = 1;
+      const start = step * stepSize;
+      const end = Math.min(kept, start + stepSize);
+      bytes.set(this.bytes.subarray(start, end), start);
+    }
+    this.bytes = bytes;
+    this.written = written;
+  }
+
+  markWritten(offset: number, length: number): void {
+    const last = Math.floor((offset + length - 1) / stepSize);
+    for (let step = Math.floor(offset / stepSize); step <= last; step++) {
+      this.written[step] = 1;
+    }
+  }
+
+  zero(offset: number, length: number): void {
+    const end = offset + length;
+    let at = offset;
+    while (at < end) {
+      const step = Math.floor(at / stepSize);
+      const next = Math.min(end, (step + 1) * stepSize);
+      if (this.written[step] === 1) this.bytes.fill(0, at, next);
+      at = next;
+    }
+  }
+}
+
+function allocate(size: number): Uint8Array<ArrayBuffer> {
+  try {
+    return new Uint8Array(size);
+  } catch (cause) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot make a memory disk of ${size} bytes: this runtime gives no buffer of that size (its limit is ${bufferLimits.MAX_LENGTH})`,
+      { cause },
+    );
+  }
+}
+
+class MemoryQueue implements BackingQueue {
+  readonly #client: BackingClient;
+  readonly #storage: Storage;
+  /** Heads of the requests whose copies wait for `submit`. */
+  readonly #heads: Uint32Array<ArrayBuffer>;
+  #count = 0;
+
+  constructor(client: BackingClient, storage: Storage) {
+    this.#client = client;
+    this.#storage = storage;
+    this.#heads = new Uint32Array(client.batch.maxRequests);
+  }
+
+  read(
+    head: number,
+    offset: number,
+    _length: number,
+    segmentFirst: number,
+    segmentCount: number,
+  ): void {
+    this.#stage(head, offset, segmentFirst, segmentCount, toGuest);
+  }
+
+  write(
+    head: number,
+    offset: number,
+    length: number,
+    segmentFirst: number,
+    segmentCount: number,
+  ): void {
+    if (length > 0) this.#storage.markWritten(offset, length);
+    this.#stage(head, offset, segmentFirst, segmentCount, fromGuest);
+  }
+
+  #stage(
+    head: number,
+    offset: number,
+    segmentFirst: number,
+    segmentCount: number,
+    access: number,
+  ): void {
+    const { words, segments } = this.#client.batch;
+    let at = segments + segmentFirst * SegmentWord.count;
+    let position = offset;
+    for (let i = 0; i < segmentCount; i++, at += SegmentWord.count) {
+      const length = words[at + SegmentWord.length];
+      copies.add(
+        words[at + SegmentWord.view],
+        words[at + SegmentWord.offset],
+        length,
+        access,
+        position,
+      );
+      position += length;
+    }
+    this.#heads[this.#count++] = head;
+  }
+
+  flush(head: number): void {
+    this.#client.finish(head, Status.OK);
+  }
+
+  discard(head: number, offset: number, length: number): void {
+    this.#storage.zero(offset, length);
+    this.#client.finish(head, Status.OK);
+  }
+
+  writeZeroes(head: number, offset: number, length: number): void {
+    this.#storage.zero(offset, length);
+    this.#client.finish(head, Status.OK);
+  }
+
+  submit(): void {
+    const count = this.#count;
+    if (count === 0) return;
+    this.#count = 0;
+    const isDone = copies.run(this.#client.queue.memory, this.#storage.bytes);
+    const status = isDone ? Status.OK : Status.IOERR;
+    for (let i = 0; i < count; i++) this.#client.finish(this.#heads[i], status);
+  }
+
+  close(): void {}
+}
+
+/**
+ * A disk of `size` bytes in memory, all zeros at first. A resize copies what
+ * was written.
+ *
+ * @param size bytes, a multiple of the logical block
+ * @throws Vhost2Error OPTION when the runtime gives no such buffer (Node 20
+ * ends at 4 GiB)
+ */
+export function memoryBacking(size: number): Backing {
+  const storage = new Storage(size);
+  return {
+    name: "memory",
+    get size() {
+      return storage.bytes.length;
+    },
+    isReadOnly: false,
+    canDiscard: true,
+    canWriteZeroes: true,
+    openQueue: (client) => new MemoryQueue(client, storage),
+    resize: (size) => storage.resize(size),
+    close() {
+      storage.bytes = new Uint8Array(0);
+      storage.written = new Uint8Array(0);
+    },
+  };
+}

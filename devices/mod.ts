@@ -1,0 +1,7 @@
+/**
+ * Devices, each built only on the public API.
+ *
+ * @module
+ */
+
+export * from "./blk/mod.ts";
