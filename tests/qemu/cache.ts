@@ -1,0 +1,71 @@
+// Where `node tools/setup.mjs guest` leaves what a guest is made of.
+import { createHash } from "node:crypto";
+import { existsSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+/** Paths on the host of everything that a guest is made of. */
+export interface GuestCache {
+  /** The compressed kernel, for QEMU's `-kernel`. */
+  kernel: string;
+  /** The folder of that kernel's modules. */
+  modules: string;
+  /** Debian's static busybox, for the guest and for the host. */
+  busybox: string;
+  /** The disk verifier, static, built from verify.zig. */
+  verify: string;
+}
+
+/** The project's folder: the nearest above with the tools in it. */
+export function projectFolder(): string {
+  let folder = dirname(fileURLToPath(import.meta.url));
+  while (!existsSync(join(folder, "tools", "setup.mjs"))) {
+    const parent = dirname(folder);
+    if (parent === folder) {
+      throw new Error("Cannot find the project's folder: no tools/setup.mjs");
+    }
+    folder = parent;
+  }
+  return folder;
+}
+
+/**
+ * The guest's parts.
+ *
+ * @throws {Error} when they are not there, with the command that fetches them
+ */
+export function guestCache(): GuestCache {
+  const project = projectFolder();
+  const guest = join(project, ".cache", "guest");
+  const manifest = join(guest, "manifest.json");
+  if (!existsSync(manifest)) throw missing(manifest);
+  const release: string = JSON.parse(readFileSync(manifest, "utf8")).kernel;
+  const root = join(guest, "root");
+  const source = readFileSync(join(project, "tests", "qemu", "verify.zig"));
+  const hash = createHash("sha256").update(source).digest("hex").slice(0, 16);
+  return {
+    kernel: firstOf(join(root, "boot", `vmlinuz-${release}`)),
+    // Newer Debian releases have /usr merged into their packages.
+    modules: firstOf(
+      join(root, "lib", "modules", release),
+      join(root, "usr", "lib", "modules", release),
+    ),
+    busybox: firstOf(
+      join(root, "bin", "busybox"),
+      join(root, "usr", "bin", "busybox"),
+    ),
+    verify: firstOf(join(project, ".cache", "guest-tools", `verify-${hash}`)),
+  };
+}
+
+function firstOf(...paths: string[]): string {
+  const found = paths.find((path) => existsSync(path));
+  if (found === undefined) throw missing(paths[0]);
+  return found;
+}
+
+function missing(path: string): Error {
+  return new Error(
+    `Cannot start a guest: ${path} is missing; run: node tools/setup.mjs guest`,
+  );
+}

@@ -1,0 +1,315 @@
+// Makes a fresh checkout ready: npm packages, the native core, and what a QEMU
+// guest needs. Plain Node with builtins only, because nothing else is there yet.
+//
+//   node tools/setup.mjs [packages] [core] [guest]
+//
+// Each part is quick when there is nothing to do.
+import { createHash } from "node:crypto";
+import { existsSync, realpathSync } from "node:fs";
+import {
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  writeFile,
+} from "node:fs/promises";
+import { delimiter, dirname, join } from "node:path";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+import { capture, SetupError, step } from "./step.mjs";
+
+export const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
+export const BIN = join(ROOT, "node_modules", ".bin");
+const CACHE = join(ROOT, ".cache");
+const GUEST = join(CACHE, "guest");
+
+/** Works where this project works at all: see `mustBeLinux`. */
+const IN_A_CONTAINER =
+  'docker run --rm -it -v "$PWD":/vhost2 -w /vhost2 node:20-bookworm npm test';
+
+/** npm packages of package.json, installed again when it or its lock changes. */
+export async function installPackages() {
+  mustBeLinux();
+  const stamp = join(ROOT, "node_modules", ".vhost2-installed");
+  const wanted = await hashOf("package.json", "package-lock.json");
+  const installed = await readFile(stamp, "utf8").catch(() => "");
+  if (installed === wanted) return;
+  // The npm that runs us, or the one on the PATH.
+  const npm = process.env.npm_execpath
+    ? [process.execPath, process.env.npm_execpath]
+    : ["npm"];
+  await step("Installing npm packages", "about 30 s", [
+    ...npm,
+    "install",
+    // The lock file is an input here: `npm ci` cannot be used because it
+    // insists on the packages of all other platforms too.
+    "--no-save",
+    "--no-audit",
+    "--no-fund",
+    "--loglevel=error",
+  ], { cwd: ROOT, remedy: "run by hand: npm install" });
+  await writeFile(stamp, wanted);
+}
+
+/** The native core, for all platforms, by build.zig (which knows what is stale). */
+export async function buildCore() {
+  mustBeLinux();
+  await step(
+    "Building the native core",
+    "about 1 min the first time",
+    [join(BIN, "zig"), "build", "--release=safe"],
+    { cwd: ROOT },
+  );
+}
+
+/** QEMU, and in `.cache/guest` a kernel and a busybox, unpacked and not installed. */
+export async function prepareGuest() {
+  mustBeLinux();
+  if (process.arch !== "x64") {
+    throw new SetupError(
+      `Cannot run the QEMU guests on ${process.arch}: they are x86_64 Debian ` +
+        "systems; on an x86_64 machine run: npm test",
+    );
+  }
+  await installQemu();
+  if (!existsSync(join(GUEST, "manifest.json"))) await fetchGuest();
+  await buildGuestTools();
+}
+
+/** Debian packages that must be installed, and what shows that they are. */
+const INSTALLED_PACKAGES = [
+  { name: "qemu-system-x86", isThere: () => onPath("qemu-system-x86_64") },
+  // The core is loaded under musl too, by a test.
+  { name: "musl", isThere: () => existsSync("/lib/ld-musl-x86_64.so.1") },
+];
+
+async function installQemu() {
+  const missing = INSTALLED_PACKAGES.filter((entry) => !entry.isThere())
+    .map((entry) => entry.name);
+  if (missing.length === 0) return;
+  mustHaveApt(missing);
+  const install = `apt-get install -y --no-install-recommends ${
+    missing.join(" ")
+  }`;
+  if (process.getuid?.() !== 0) {
+    throw new SetupError(
+      `Cannot install ${missing.join(" and ")}: not root; ` +
+        `run by hand: sudo ${install}`,
+    );
+  }
+  const env = { DEBIAN_FRONTEND: "noninteractive" };
+  if (await candidateOf(missing[0]) === undefined) await updateLists();
+  const run = (/** @type {string} */ remedy) =>
+    step(
+      `Installing Debian's ${missing.join(" and ")}`,
+      "about 1 min",
+      install.split(" "),
+      { env, remedy },
+    );
+  try {
+    await run("the package lists may be old");
+  } catch (error) {
+    // Lists older than the archive name files that are gone from it.
+    if (!(error instanceof SetupError)) throw error;
+    await updateLists();
+    await run(`run by hand: apt-get update && ${install}`);
+  }
+}
+
+/**
+ * The cloud flavour: a third of the size of the generic kernel, with ext4 and
+ * PCI hot-plug built in and the virtio drivers as modules.
+ */
+const KERNEL_METAPACKAGE = "linux-image-cloud-amd64";
+
+async function fetchGuest() {
+  mustHaveApt([KERNEL_METAPACKAGE, "busybox-static"]);
+  let kernel = await kernelPackage();
+  if (kernel === undefined) {
+    if (process.getuid?.() === 0) await updateLists();
+    kernel = await kernelPackage();
+  }
+  if (kernel === undefined) {
+    throw new SetupError(
+      `Cannot fetch the guest's kernel: apt knows no ${KERNEL_METAPACKAGE} ` +
+        "(it is Debian's); run by hand: sudo apt-get update, or elsewhere than " +
+        `on Debian: ${IN_A_CONTAINER}`,
+    );
+  }
+  await mkdir(CACHE, { recursive: true });
+  // Filled beside and renamed when whole, so that a killed or a concurrent
+  // set-up never leaves half a guest.
+  const unpacked = await mkdtemp(join(CACHE, "guest-"));
+  try {
+    const fetchAll = () =>
+      step("Fetching the guest's kernel and busybox", "28 MB", [
+        "apt-get",
+        "download",
+        // apt's own unprivileged user may not reach this directory.
+        ...(process.getuid?.() === 0 ? ["-oAPT::Sandbox::User=root"] : []),
+        kernel,
+        "busybox-static",
+      ], {
+        cwd: unpacked,
+        remedy: `run by hand: sudo apt-get update`,
+      });
+    try {
+      await fetchAll();
+    } catch (error) {
+      if (process.getuid?.() !== 0) throw error;
+      await updateLists();
+      kernel = await kernelPackage() ?? kernel;
+      await fetchAll();
+    }
+    const root = join(unpacked, "root");
+    for (const name of await readdir(unpacked)) {
+      if (!name.endsWith(".deb")) continue;
+      const file = join(unpacked, name);
+      await step(`Unpacking ${name}`, "about 5 s", [
+        "dpkg-deb",
+        "-x",
+        file,
+        root,
+      ]);
+      await rm(file);
+    }
+    // tests/qemu/guest.ts reads this.
+    await writeFile(
+      join(unpacked, "manifest.json"),
+      JSON.stringify({ kernel: kernel.replace(/^linux-image-/, "") }) + "\n",
+    );
+    await rename(unpacked, GUEST).catch((error) => {
+      if (!existsSync(join(GUEST, "manifest.json"))) throw error;
+    });
+  } finally {
+    await rm(unpacked, { recursive: true, force: true });
+  }
+}
+
+/** Static programs for the guest, named by the hash of their source. */
+async function buildGuestTools() {
+  const source = join(ROOT, "tests", "qemu", "verify.zig");
+  const hash = createHash("sha256").update(await readFile(source)).digest(
+    "hex",
+  );
+  const folder = join(CACHE, "guest-tools");
+  const program = join(folder, `verify-${hash.slice(0, 16)}`);
+  if (existsSync(program)) return;
+  await mkdir(folder, { recursive: true });
+  const building = `${program}.${process.pid}`;
+  await step("Building the guest's disk verifier", "about 20 s", [
+    join(BIN, "zig"),
+    "build-exe",
+    source,
+    "-target",
+    "x86_64-linux-none",
+    // The crc32 instruction of SSE 4.2: the guest's processor has it.
+    "-mcpu=x86_64_v2",
+    "-OReleaseSafe",
+    "-fstrip",
+    "-fsingle-threaded",
+    `-femit-bin=${building}`,
+  ], { cwd: ROOT });
+  await rename(building, program);
+}
+
+async function updateLists() {
+  await step("Updating Debian's package lists", "about 15 s", [
+    "apt-get",
+    "update",
+  ], { remedy: "run by hand: sudo apt-get update" });
+}
+
+/** The newest kernel image that the metapackage depends on. */
+async function kernelPackage() {
+  if (await candidateOf(KERNEL_METAPACKAGE) === undefined) return undefined;
+  const text = await capture(["apt-cache", "depends", KERNEL_METAPACKAGE]);
+  return /Depends: (linux-image-\d\S+)/.exec(text)?.[1];
+}
+
+/** @param {string} name */
+async function candidateOf(name) {
+  const text = await capture(["apt-cache", "policy", name], {
+    env: { LC_ALL: "C" },
+  });
+  const version = /Candidate: (\S+)/.exec(text)?.[1];
+  return version === "(none)" ? undefined : version;
+}
+
+function mustBeLinux() {
+  if (process.platform === "linux") return;
+  throw new SetupError(
+    `Cannot work on ${process.platform}: vhost-user needs Linux; ` +
+      `with Docker run: ${IN_A_CONTAINER}`,
+  );
+}
+
+/** @param {string[]} names what would be fetched */
+function mustHaveApt(names) {
+  if (onPath("apt-get") && onPath("apt-cache") && onPath("dpkg-deb")) return;
+  throw new SetupError(
+    `Cannot get ${names.join(" and ")}: this is not Debian (no apt-get); ` +
+      `with Docker run: ${IN_A_CONTAINER}`,
+  );
+}
+
+/** @param {string} program */
+function onPath(program) {
+  return (process.env.PATH ?? "").split(delimiter)
+    .some((folder) => folder !== "" && existsSync(join(folder, program)));
+}
+
+/** @param {string[]} names files of the project; one that is missing counts as empty */
+async function hashOf(...names) {
+  const hash = createHash("sha256");
+  for (const name of names) {
+    hash.update(`${name}\n`);
+    hash.update(await readFile(join(ROOT, name)).catch(() => ""));
+  }
+  return hash.digest("hex");
+}
+
+/**
+ * Runs `action` and turns what cannot be done into its sentence and exit code 1.
+ *
+ * @param {() => Promise<number>} action resolves with the exit code
+ */
+export async function main(action) {
+  try {
+    process.exitCode = await action();
+  } catch (error) {
+    if (!(error instanceof SetupError)) throw error;
+    if (error.output) console.error(error.output.trimEnd());
+    console.error(error.message);
+    process.exitCode = 1;
+  }
+}
+
+const PARTS = {
+  packages: installPackages,
+  core: buildCore,
+  guest: prepareGuest,
+};
+
+if (
+  process.argv[1] &&
+  realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)
+) {
+  await main(async () => {
+    const wanted = process.argv.slice(2);
+    const unknown = wanted.find((name) => !Object.hasOwn(PARTS, name));
+    if (unknown !== undefined) {
+      throw new SetupError(
+        `Cannot set up "${unknown}": the parts are ${
+          Object.keys(PARTS).join(", ")
+        }`,
+      );
+    }
+    for (const [name, part] of Object.entries(PARTS)) {
+      if (wanted.length === 0 || wanted.includes(name)) await part();
+    }
+    return 0;
+  });
+}
