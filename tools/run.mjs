@@ -3,11 +3,10 @@
 //   node tools/run.mjs demo
 //   node tools/run.mjs test [zig] [deno] [node] [qemu]
 import { spawn } from "node:child_process";
-import { join } from "node:path";
 import process from "node:process";
 import {
-  BIN,
   buildCore,
+  DENO,
   installPackages,
   main,
   prepareGuest,
@@ -43,7 +42,7 @@ await main(async () => {
 
 /** @param {string} name @param {string[]} args @returns {Promise<number>} */
 function denoTask(name, args) {
-  const child = spawn(join(BIN, "deno"), ["task", "--quiet", name, ...args], {
+  const child = spawn(DENO, ["task", "--quiet", name, ...args], {
     cwd: ROOT,
     stdio: "inherit",
   });

@@ -22,6 +22,8 @@ import { capture, SetupError, step } from "./step.mjs";
 
 export const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 export const BIN = join(ROOT, "node_modules", ".bin");
+/** The pinned Deno itself: see `freeTheNameDeno`. */
+export const DENO = join(ROOT, "node_modules", "deno", "deno");
 const CACHE = join(ROOT, ".cache");
 const GUEST = join(CACHE, "guest");
 
@@ -50,7 +52,21 @@ export async function installPackages() {
     "--no-fund",
     "--loglevel=error",
   ], { cwd: ROOT, remedy: "run by hand: npm install" });
+  await freeTheNameDeno();
   await writeFile(stamp, wanted);
+}
+
+/**
+ * `deno task` takes what it finds in node_modules/.bin for JavaScript, its own
+ * native self included, and cannot start itself any more.
+ */
+async function freeTheNameDeno() {
+  if (!existsSync(DENO)) {
+    // Puts the executable of this platform into its place.
+    const launcher = join(ROOT, "node_modules", "deno", "bin.cjs");
+    await capture([process.execPath, launcher, "--version"], { cwd: ROOT });
+  }
+  await rm(join(BIN, "deno"), { force: true });
 }
 
 /** The native core, for all platforms, by build.zig (which knows what is stale). */

@@ -3,7 +3,7 @@
 import { spawn } from "node:child_process";
 import { join } from "node:path";
 import process from "node:process";
-import { BIN, ROOT } from "./setup.mjs";
+import { BIN, DENO, ROOT } from "./setup.mjs";
 
 /** @typedef {{ passed: number, failed: number, skipped: number }} Counts */
 /** @typedef {{ command: string[], count: (output: string) => Counts, needsGuest: boolean }} Suite */
@@ -16,17 +16,17 @@ export const SUITES = {
     needsGuest: false,
   },
   deno: {
-    command: [join(BIN, "deno"), "task", "test"],
+    command: [DENO, "task", "test"],
     count: countDeno,
     needsGuest: false,
   },
   node: {
-    command: [join(BIN, "deno"), "task", "test:node"],
+    command: [DENO, "task", "test:node"],
     count: countNode,
     needsGuest: false,
   },
   qemu: {
-    command: [join(BIN, "deno"), "task", "qemu-test"],
+    command: [DENO, "task", "qemu-test"],
     count: countDeno,
     needsGuest: true,
   },

@@ -39,6 +39,8 @@ export interface Backend {
   readonly socketPath: string;
   /** What it has printed so far. */
   readonly output: () => string;
+  /** Resolves when it ends without having been stopped: a crash. */
+  readonly crashed: Promise<Error>;
   /** Stops it as a user does; rejects when it does not end cleanly. */
   stop(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
@@ -78,9 +80,20 @@ export async function startBackend(options: BackendOptions): Promise<Backend> {
     closed = true;
     return how;
   });
+  let stopping = false;
+  const crashed = new Promise<Error>((resolve) => {
+    close.then((how) => {
+      const what = `Back-end ended (${how}) and was not stopped:\n${output}`;
+      if (!stopping) resolve(new Error(what));
+    });
+  });
   const end = async () => {
-    if (!closed && BACKEND === "vhost2") child.kill("SIGTERM");
-    // The storage daemon dies of a signal at once, in the middle of requests.
+    stopping = true;
+    // Not child.kill: after it Deno reports the signal as the end's cause, even
+    // when the program has caught it and ended with an exit code.
+    if (!closed && BACKEND === "vhost2" && child.pid !== undefined) {
+      process.kill(child.pid, "SIGTERM");
+    }
     if (!closed && BACKEND !== "vhost2") {
       child.stdin.end(`{"execute":"qmp_capabilities"}{"execute":"quit"}`);
     }
@@ -108,6 +121,7 @@ export async function startBackend(options: BackendOptions): Promise<Backend> {
   return {
     socketPath,
     output: () => output,
+    crashed,
     async stop() {
       const how = await end();
       if (how !== "exit code 0") {
@@ -154,7 +168,7 @@ function ourCommand(options: BackendOptions, socketPath: string): string[] {
   const { disk } = options;
   const project = projectFolder();
   return [
-    join(project, "node_modules", ".bin", "deno"),
+    join(project, "node_modules", "deno", "deno"),
     ...["run", "--allow-all", "--no-prompt"],
     ...[join(project, "cli", "main.ts"), "blk"],
     ...["--socket-path", socketPath],

@@ -24,6 +24,7 @@ test("a guest reads back after a remount what it wrote to a file disk and a memo
     readOnly: true,
   });
   await using guest = await startGuest({
+    backends: [onFile, inMemory, readOnly],
     disks: [
       { id: "file", socketPath: onFile.socketPath },
       { id: "memory", socketPath: inMemory.socketPath },
@@ -66,6 +67,7 @@ test("a verified load holds on one queue and on each of four", async () => {
   });
   await using guest = await startGuest({
     cpus: 4,
+    backends: [one, four],
     disks: [
       { id: "one", socketPath: one.socketPath },
       { id: "four", socketPath: four.socketPath, numQueues: 4 },
@@ -104,6 +106,7 @@ async function twoGuests(): Promise<void> {
   await using backend = await startBackend({ disk: { file: file.path } });
   const start = (own: number, other: number): Promise<Guest> =>
     startGuest({
+      backends: [backend],
       disks: [{ id: "disk", socketPath: backend.socketPath }],
       script: `
         verify fill /dev/vda --offset=${own * 8 * MiB} --size=${8 * MiB} \\

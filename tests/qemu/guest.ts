@@ -36,6 +36,8 @@ export interface GuestDisk {
 export interface GuestOptions {
   /** Present from the start, as vda, vdb and so on in this order. */
   disks?: GuestDisk[];
+  /** Who serves the disks: when one crashes, the guest fails with it. */
+  backends?: { crashed: Promise<Error> }[];
   /** Run by the guest; without it the firmware boots from a disk. */
   script?: string;
   memoryMb?: number;
@@ -200,6 +202,13 @@ export class Guest {
       this.#failed ??= this.failure(`The guest ran on after ${lifetimeMs} ms`);
       child.kill("SIGKILL");
     }, lifetimeMs);
+    for (const { crashed } of options.backends ?? []) {
+      crashed.then((error) => {
+        if (this.#ended) return;
+        this.#failed ??= this.failure(error.message);
+        child.kill("SIGKILL");
+      });
+    }
     const closed = new Promise<string>((resolve) => {
       child.once("error", (error) => resolve(error.message));
       child.once("close", (code, signal) => {

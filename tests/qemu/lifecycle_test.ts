@@ -2,7 +2,7 @@
 // that must survive all of them.
 import assert from "node:assert/strict";
 import { test } from "../harness.ts";
-import { startBackend } from "./backend.ts";
+import { BACKEND, startBackend } from "./backend.ts";
 import { buildBootDisk } from "./boot_disk.ts";
 import { diskFile } from "./disk_file.ts";
 import { startGuest } from "./guest.ts";
@@ -13,6 +13,7 @@ test("SeaBIOS boots from the disk", async () => {
   using file = diskFile(buildBootDisk("booted from a vhost-user disk"));
   await using backend = await startBackend({ disk: { file: file.path } });
   await using guest = await startGuest({
+    backends: [backend],
     disks: [{ id: "disk", socketPath: backend.socketPath, bootIndex: 0 }],
   });
   await guest.waitFor(/^booted from a vhost-user disk$/);
@@ -23,6 +24,7 @@ test("a guest reboots, by reset under load and by itself, without a restart of t
   await using backend = await startBackend({ disk: { file: file.path } });
   // The last block says which boot this is; the load is beside the data.
   await using guest = await startGuest({
+    backends: [backend],
     disks: [{ id: "disk", socketPath: backend.socketPath }],
     script: `
       data="/dev/vda --size=${8 * MiB} --generation=7"
@@ -59,6 +61,7 @@ test("a disk that is unplugged and plugged in again holds its data, and so does 
   await using other = await startBackend({ disk: { memory: 16 * MiB } });
   const disk = { id: "disk", socketPath: backend.socketPath };
   await using guest = await startGuest({
+    backends: [backend, other],
     disks: [disk],
     script: `
       verify fill /dev/vda --generation=3
@@ -80,13 +83,21 @@ test("a disk that is unplugged and plugged in again holds its data, and so does 
   assert.equal(await guest.exited, 0);
 });
 
-test("a guest under load waits for a back-end that is stopped and started again, and loses nothing", async () => {
+// Without an inflight region QEMU goes on at the used index: right only when a
+// back-end that stops completes everything that it has taken from the ring.
+const RESTART =
+  "a guest under load waits for a back-end that is stopped and started again, and loses nothing";
+if (BACKEND === "vhost2") test(RESTART, restart);
+else test.skip(RESTART, "the storage daemon drops its requests when it quits");
+
+async function restart(): Promise<void> {
   using file = diskFile(16 * MiB);
   const disk = { file: file.path };
   await using backend = await startBackend({ disk });
   const { socketPath } = backend;
   await using guest = await startGuest({
     cpus: 2,
+    backends: [backend],
     disks: [{ id: "disk", socketPath, reconnectSeconds: 1 }],
     script: `
       verify fill /dev/vda --size=${8 * MiB} --generation=5
@@ -111,4 +122,4 @@ test("a guest under load waits for a back-end that is stopped and started again,
   await guest.waitFor(/^verify mix ok/);
   assert.equal(await guest.exited, 0);
   await restarted.stop();
-});
+}
