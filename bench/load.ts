@@ -38,6 +38,8 @@ export interface LoadFigures {
   readonly p99: number;
 }
 
+/** VIRTIO_BLK_F_FLUSH. */
+const blkFlush = 9;
 const dataBytes = 32 << 20;
 
 /** A connection to a vhost-user-blk back-end for running loads on. */
@@ -61,6 +63,8 @@ export class LoadGenerator {
       VirtioFeature.VERSION_1,
       VirtioFeature.PROTOCOL_FEATURES,
       VirtioFeature.RING_EVENT_IDX,
+      // Who cannot flush has every write made durable before it completes.
+      blkFlush,
       ...(options.indirect === false ? [] : [VirtioFeature.RING_INDIRECT_DESC]),
     );
     const device = await VhostUserDevice.open({

@@ -37,7 +37,7 @@ export async function installPackages() {
   const stamp = join(ROOT, "node_modules", ".vhost2-installed");
   const wanted = await hashOf("package.json", "package-lock.json");
   const installed = await readFile(stamp, "utf8").catch(() => "");
-  if (installed === wanted) return;
+  if (installed === wanted) return await freeTheNameDeno();
   // The npm that runs us, or the one on the PATH.
   const npm = process.env.npm_execpath
     ? [process.execPath, process.env.npm_execpath]

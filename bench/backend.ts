@@ -1,0 +1,55 @@
+/**
+ * The back-end that the bench measures: `count` disks in one process.
+ *
+ *   backend.ts FOLDER COUNT DISK
+ *
+ * Answers `heap` on its standard input with the bytes of its heap, collected.
+ *
+ * @module
+ */
+
+import { join } from "node:path";
+import process from "node:process";
+import { createInterface } from "node:readline";
+import {
+  blkDevice,
+  fileBacking,
+  memoryBacking,
+  nullBacking,
+  registerTarget,
+  type Target,
+} from "../mod.ts";
+import type { Disk } from "./peers.ts";
+
+const [folder, count, json] = process.argv.slice(2);
+const disk: Disk = JSON.parse(json);
+
+function backing() {
+  switch (disk.kind) {
+    case "null":
+      return nullBacking(disk.size);
+    case "memory":
+      return memoryBacking(disk.size);
+    case "file":
+      return fileBacking(disk.path);
+  }
+}
+
+const targets: Target[] = [];
+for (let i = 0; i < Number(count); i++) {
+  targets.push(
+    await registerTarget({
+      transport: "vhost-user",
+      address: join(folder, `${i}.sock`),
+      ...blkDevice({ backing: backing() }),
+    }),
+  );
+}
+createInterface({ input: process.stdin }).on("line", () => {
+  (globalThis as { gc?: () => void }).gc?.();
+  console.log(process.memoryUsage().heapUsed);
+}).on("close", () => process.exit());
+process.on("SIGTERM", async () => {
+  for (const target of targets) await target.unregister();
+  process.exit();
+});
