@@ -1,0 +1,144 @@
+/**
+ * `vhost2 blk`: a disk, served until a signal comes.
+ *
+ * @module
+ */
+
+import process from "node:process";
+import {
+  type Backing,
+  type Blk,
+  blkDevice,
+  fileBacking,
+  memoryBacking,
+  nullBacking,
+} from "../devices/mod.ts";
+import { constants } from "../ffi/abi.gen.ts";
+import { core } from "../ffi/core.ts";
+import { Vhost2Error } from "../ffi/errors.ts";
+import { registerTarget, type Target } from "../mod.ts";
+import type { BlkArguments, DiskSource } from "./arguments.ts";
+
+/** The back-end program conventions of the vhost-user specification. */
+export const capabilities = {
+  type: "block",
+  features: ["read-only", "blk-file"],
+} as const;
+
+function openBacking(source: DiskSource, isReadOnly: boolean): Backing {
+  switch (source.kind) {
+    case "file":
+      return fileBacking(source.path, { readOnly: isReadOnly });
+    case "memory":
+      return memoryBacking(source.size);
+    case "null":
+      return nullBacking(source.size);
+  }
+}
+
+/** `64 MiB`; bytes where no larger unit is exact. */
+export function formatSize(size: number): string {
+  for (const [index, unit] of ["TiB", "GiB", "MiB", "KiB"].entries()) {
+    const bytes = 1024 ** (4 - index);
+    if (size >= bytes && size % bytes === 0) return `${size / bytes} ${unit}`;
+  }
+  return `${size} bytes`;
+}
+
+/** Whether an inherited socket is one connection, not a listener. */
+function isConnected(address: BlkArguments["address"]): boolean {
+  if (typeof address === "string") return false;
+  const kind = core.descriptorKind(address.fd);
+  if (kind === constants.kindListener) return false;
+  if (kind === constants.kindSocket) return true;
+  throw new Vhost2Error(
+    "OPTION",
+    `Cannot use --fd ${address.fd}: it is not a socket`,
+  );
+}
+
+function readyLine(options: BlkArguments, disk: Blk): string {
+  const { address, source, numQueues } = options;
+  const how = options.isConnecting
+    ? "connecting to"
+    : isConnected(address)
+    ? "serving"
+    : "listening on";
+  const where = typeof address === "string" ? address : `fd ${address.fd}`;
+  const what = source.kind === "file" ? source.path : source.kind;
+  const queues = numQueues === 1 ? "1 queue" : `${numQueues} queues`;
+  return `vhost2: ${how} ${where} (${
+    formatSize(disk.size)
+  }, ${what}, ${queues})`;
+}
+
+/** Resolves with the first SIGINT or SIGTERM; a second one ends at once. */
+function stopSignal(): Promise<void> {
+  return new Promise((resolve) => {
+    let isStopping = false;
+    const stop = () => {
+      if (isStopping) process.exit(1);
+      isStopping = true;
+      resolve();
+    };
+    process.on("SIGINT", stop);
+    process.on("SIGTERM", stop);
+  });
+}
+
+/**
+ * Serves a disk until it is to stop: by a signal, or because the one
+ * connection that was inherited has ended.
+ *
+ * @throws Vhost2Error when it cannot be served
+ */
+export async function serveBlk(options: BlkArguments): Promise<void> {
+  const endsWithConnection = isConnected(options.address);
+  const backing = openBacking(options.source, options.isReadOnly);
+  const report = (error: Vhost2Error) =>
+    process.stderr.write(`vhost2: ${error.message}\n`);
+  let disk: Blk | undefined;
+  let target: Target | undefined;
+  try {
+    disk = blkDevice({
+      backing,
+      readOnly: options.isReadOnly,
+      serial: options.serial,
+      logicalBlockSize: options.logicalBlockSize,
+      numQueues: options.numQueues,
+      onError: report,
+    });
+    const { device, features, queueCount } = disk;
+    const { promise: ended, resolve: end } = deferred();
+    target = await registerTarget({
+      transport: "vhost-user",
+      address: options.address,
+      connect: options.isConnecting,
+      features,
+      queueCount,
+      device(connected) {
+        if (endsWithConnection) {
+          connected.signal.addEventListener("abort", end);
+        }
+        return device(connected);
+      },
+      onError: report,
+      trace: options.isVerbose
+        ? (line) => process.stderr.write(`${line}\n`)
+        : undefined,
+    });
+    const stopped = stopSignal();
+    console.log(readyLine(options, disk));
+    await Promise.race([stopped, ended]);
+  } finally {
+    await target?.unregister();
+    await (disk ?? backing).close();
+  }
+}
+
+/** `Promise.withResolvers` is missing in Node 20. */
+function deferred(): { promise: Promise<void>; resolve: () => void } {
+  let resolve = () => {};
+  const promise = new Promise<void>((settle) => resolve = settle);
+  return { promise, resolve };
+}

@@ -1,0 +1,40 @@
+/** What `--help` prints. */
+export const help = {
+  all: `vhost2: virtual devices for virtual machines, in TypeScript
+
+Usage: vhost2 COMMAND [OPTIONS]
+
+Commands:
+  blk          a disk (vhost-user-blk)
+
+Options:
+  -h, --help     this text; "vhost2 blk --help" for a command's options
+  -V, --version  the version
+`,
+  blk: `vhost2 blk: a disk for QEMU and other virtual machine monitors
+
+Usage: vhost2 blk --socket-path PATH --blk-file FILE [OPTIONS]
+
+The socket, one of:
+  --socket-path PATH  listen on a Unix socket at PATH
+  --fd N              an inherited socket, listening or connected
+  --connect           with --socket-path: connect to it instead
+
+The disk, one of (SIZE in bytes, or with K, M, G or T):
+  --blk-file FILE     a file or a block device
+  --memory SIZE       memory of this process
+  --null SIZE         answers at once and copies nothing, for measuring
+
+Options:
+  --read-only               refuse writes
+  --num-queues N            queues at most, 1 to 256 (1)
+  --serial TEXT             serial number, at most 20 bytes
+  --logical-block-size N    512 or 4096 (512)
+  -v, --verbose             show each message, one line each, on stderr
+  --print-capabilities      print what this program can do, as JSON, and end
+  -h, --help                this text
+  -V, --version             the version
+
+SIGINT and SIGTERM stop it: requests in flight are finished first.
+`,
+} as const;

@@ -1,0 +1,42 @@
+#!/usr/bin/env -S deno run --allow-all
+/**
+ * The command `vhost2`.
+ *
+ * @module
+ */
+
+import process from "node:process";
+import { type Command, parseCommand, UsageError } from "./arguments.ts";
+import { help } from "./help.ts";
+import { version } from "./version.ts";
+
+/** Ends the process: 0 done, 1 it could not be done, 2 asked for wrongly. */
+async function run(words: readonly string[]): Promise<number> {
+  try {
+    await perform(parseCommand(words));
+    return 0;
+  } catch (error) {
+    const isUsage = error instanceof UsageError;
+    const { message } = error as Error;
+    const hint = isUsage ? ' (see "vhost2 --help")' : "";
+    process.stderr.write(`vhost2: ${message}${hint}\n`);
+    return isUsage ? 2 : 1;
+  }
+}
+
+async function perform(command: Command): Promise<void> {
+  switch (command.name) {
+    case "help":
+      return void process.stdout.write(help[command.about]);
+    case "version":
+      return void process.stdout.write(`vhost2 ${version}\n`);
+  }
+  // Only now: the core is loaded with it.
+  const blk = await import("./blk.ts");
+  if (command.name === "blk") return await blk.serveBlk(command.arguments);
+  process.stdout.write(`${JSON.stringify(blk.capabilities)}\n`);
+}
+
+process.exitCode = await run(process.argv.slice(2));
+// Signal handlers would keep some runtimes going.
+process.exit();

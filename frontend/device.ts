@@ -1,0 +1,413 @@
+/**
+ * A vhost-user device as a front-end uses it: the handshake in QEMU's order,
+ * guest memory, and a split virtqueue driver for each queue.
+ *
+ * @module
+ */
+
+import { Vhost2Error } from "../ffi/errors.ts";
+import { gpa, ringAddress } from "../protocol/address.ts";
+import {
+  featureMask,
+  hasFeature,
+  ProtocolFeature as Protocol,
+  VirtioFeature,
+} from "../protocol/features.ts";
+import type { BackendMessage } from "../protocol/backend_request.ts";
+import { BackendRequest } from "../protocol/backend_request.ts";
+import type { VringAddress } from "../protocol/payloads.ts";
+import { FrontendConnection } from "./connection.ts";
+import {
+  GuestRam,
+  type RamRegion,
+  type RamRegionOptions,
+} from "./guest_ram.ts";
+import { SplitDriver } from "./split_driver.ts";
+
+/** Bits of the device status (VIRTIO 1.3 section 2.1). */
+export const DeviceStatus = {
+  ACKNOWLEDGE: 1,
+  DRIVER: 2,
+  DRIVER_OK: 4,
+  FEATURES_OK: 8,
+} as const;
+
+/** Protocol features that this front-end knows how to use. */
+export const supportedProtocolFeatures: bigint = featureMask(
+  Protocol.MQ,
+  Protocol.REPLY_ACK,
+  Protocol.BACKEND_REQ,
+  Protocol.CONFIG,
+  Protocol.RESET_DEVICE,
+  Protocol.CONFIGURE_MEM_SLOTS,
+  Protocol.STATUS,
+);
+
+/** Virtio features of the transport and the ring that it knows. */
+export const supportedFeatures: bigint = featureMask(
+  VirtioFeature.RING_INDIRECT_DESC,
+  VirtioFeature.RING_EVENT_IDX,
+  VirtioFeature.PROTOCOL_FEATURES,
+  VirtioFeature.VERSION_1,
+);
+
+/** How a device is opened. */
+export interface VhostUserDeviceOptions {
+  /** Path of the back-end's socket. */
+  readonly path?: string;
+  /** A connected socket, instead of a path; the device owns it then. */
+  readonly fd?: number;
+  /**
+   * Features wanted, those of the device type included; of them, those that
+   * are offered are acked. {@linkcode supportedFeatures} unless given.
+   */
+  readonly features?: bigint;
+  /** The same for {@linkcode supportedProtocolFeatures}. */
+  readonly protocolFeatures?: bigint;
+  /** 1 unless given. */
+  readonly queueCount?: number;
+  /** Descriptors per queue; 128 unless given. */
+  readonly queueSize?: number;
+  /** Bytes of guest memory, in one region; 64 MiB unless given. */
+  readonly ramSize?: number;
+  /** The regions of guest memory, instead of its size. */
+  readonly regions?: readonly RamRegionOptions[];
+  /** Guest memory that exists and stays the caller's. */
+  readonly ram?: GuestRam;
+  /** Asks for acks wherever it can, not only where QEMU does. */
+  readonly acksAll?: boolean;
+  /** Starts and enables all queues; true unless given. */
+  readonly start?: boolean;
+  /** Whether the drivers watch their calls; true unless given. */
+  readonly usesCalls?: boolean;
+}
+
+/** How one queue is started. */
+export interface StartQueueOptions {
+  /** Where to go on; where the last stop ended unless given. */
+  readonly base?: number;
+  /** Also enables it, where PROTOCOL_FEATURES is acked; true unless given. */
+  readonly enable?: boolean;
+}
+
+/** An open device. */
+export class VhostUserDevice {
+  readonly connection: FrontendConnection;
+  readonly ram: GuestRam;
+  /** Negotiated virtio features. */
+  readonly features: bigint;
+  /** Negotiated protocol features. */
+  readonly protocolFeatures: bigint;
+  /** What GET_QUEUE_NUM said; 1 without MQ. */
+  readonly maxQueueCount: number;
+  /** By queue index. */
+  readonly queues: readonly SplitDriver[];
+  /** The back-end says that configuration space has changed. */
+  onConfigChange: (() => void) | undefined;
+  readonly #ownsRam: boolean;
+  readonly #acksAll: boolean;
+  readonly #bases: number[];
+  readonly #started = new Set<number>();
+  /** What the back-end has by ADD_MEM_REG. */
+  readonly #sentRegions = new Set<RamRegion>();
+
+  private constructor(
+    connection: FrontendConnection,
+    negotiated: Negotiated,
+    options: VhostUserDeviceOptions,
+  ) {
+    const queueCount = options.queueCount ?? 1;
+    if (queueCount > negotiated.maxQueueCount) {
+      throw new Vhost2Error(
+        "OPTION",
+        `Cannot use ${queueCount} queues: the device has ${negotiated.maxQueueCount}`,
+      );
+    }
+    this.connection = connection;
+    this.features = negotiated.features;
+    this.protocolFeatures = negotiated.protocolFeatures;
+    this.maxQueueCount = negotiated.maxQueueCount;
+    this.#acksAll = options.acksAll ?? false;
+    this.#bases = new Array(queueCount).fill(0);
+    this.#ownsRam = options.ram === undefined;
+    this.ram = options.ram ??
+      new GuestRam(options.regions ?? [{ size: options.ramSize ?? 64 << 20 }]);
+    const queues: SplitDriver[] = this.queues = [];
+    try {
+      for (let index = 0; index < queueCount; index++) {
+        queues.push(
+          new SplitDriver(this.ram, {
+            queueSize: options.queueSize ?? 128,
+            features: this.features,
+            usesCalls: options.usesCalls,
+          }),
+        );
+      }
+    } catch (error) {
+      this.#free();
+      throw error;
+    }
+    connection.onBackendRequest = (message) => this.#backendRequest(message);
+  }
+
+  /** Connects and negotiates; starts all queues unless told otherwise. */
+  static async open(options: VhostUserDeviceOptions): Promise<VhostUserDevice> {
+    if ((options.path === undefined) === (options.fd === undefined)) {
+      throw new Vhost2Error(
+        "OPTION",
+        "Cannot open a device: give either path or fd",
+      );
+    }
+    const connection = options.path === undefined
+      ? FrontendConnection.fromFd(options.fd!)
+      : await FrontendConnection.connect(options.path);
+    let device: VhostUserDevice | undefined;
+    try {
+      const negotiated = await negotiate(connection, options);
+      device = new VhostUserDevice(connection, negotiated, options);
+      await device.#prepare();
+      if (options.start ?? true) await device.start();
+      return device;
+    } catch (error) {
+      connection.close();
+      await connection.closed;
+      if (device !== undefined) device.#free();
+      throw error;
+    }
+  }
+
+  /** Whether acks are asked for on messages where QEMU does. */
+  get #ack(): { ack: boolean } {
+    return { ack: hasFeature(this.protocolFeatures, Protocol.REPLY_ACK) };
+  }
+
+  /** The same on messages where QEMU does not. */
+  get #ackOfAll(): { ack: boolean } {
+    return { ack: this.#acksAll && this.#ack.ack };
+  }
+
+  /** Whether the queue was started and not stopped since. */
+  isStarted(index: number): boolean {
+    return this.#started.has(index);
+  }
+
+  /** Sends features and memory, starts and enables all queues. */
+  async start(): Promise<void> {
+    await this.activate();
+    for (let index = 0; index < this.queues.length; index++) {
+      await this.startQueue(index, { enable: false });
+    }
+    for (let index = 0; index < this.queues.length; index++) {
+      await this.enableQueue(index, true);
+    }
+    await this.setStatusBits(DeviceStatus.DRIVER_OK);
+  }
+
+  /** Sends features and memory; then queues can be started singly. */
+  async activate(): Promise<void> {
+    await this.connection.setFeatures(this.features, this.#ackOfAll);
+    await this.setStatusBits(
+      DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK,
+    );
+    await this.sendMemory();
+  }
+
+  /**
+   * Tells the back-end the regions, by the way that was negotiated: the whole
+   * table, or what has come and gone since the last time.
+   */
+  async sendMemory(): Promise<void> {
+    const { regions } = this.ram;
+    if (!hasFeature(this.protocolFeatures, Protocol.CONFIGURE_MEM_SLOTS)) {
+      await this.connection.setMemTable(regions, this.#ack);
+      return;
+    }
+    for (const region of [...this.#sentRegions]) {
+      if (!regions.includes(region)) await this.removeRegion(region);
+    }
+    for (const region of regions) {
+      if (!this.#sentRegions.has(region)) await this.addRegion(region);
+    }
+  }
+
+  /** ADD_MEM_REG for a region of `ram`. */
+  async addRegion(region: RamRegion): Promise<void> {
+    await this.connection.addMemRegion(region, this.#ack);
+    this.#sentRegions.add(region);
+  }
+
+  /** REM_MEM_REG for a region of `ram`, which stays open here. */
+  async removeRegion(region: RamRegion): Promise<void> {
+    await this.connection.removeMemRegion(region, this.#ack);
+    this.#sentRegions.delete(region);
+  }
+
+  /** The ring's parts as SET_VRING_ADDR carries them. */
+  vringAddress(index: number): VringAddress {
+    const { descriptor, available, used } = this.queues[index].ring.addresses;
+    const isGpa = hasFeature(this.protocolFeatures, Protocol.GPA_ADDRESSES);
+    const address = (value: bigint) =>
+      ringAddress(isGpa ? value : this.ram.toUva(value));
+    return {
+      index,
+      flags: 0,
+      descriptor: address(descriptor),
+      used: address(used),
+      available: address(available),
+      // As QEMU does: there even when nothing is logged.
+      log: gpa(used),
+    };
+  }
+
+  /** NUM, BASE, ADDR, CALL, KICK, ENABLE; then a kick, as the standard asks. */
+  async startQueue(
+    index: number,
+    options: StartQueueOptions = {},
+  ): Promise<void> {
+    const { connection } = this;
+    const driver = this.queues[index];
+    const base = options.base ?? this.#bases[index];
+    const ack = this.#ackOfAll;
+    await connection.setVringNum(index, driver.queueSize, ack);
+    await connection.setVringBase(index, base, ack);
+    await connection.setVringAddr(this.vringAddress(index), ack);
+    // Before the kick, which starts the queue: a call for what was left in the
+    // ring must not be lost.
+    await connection.setVringCall(index, driver.callFd, ack);
+    await connection.setVringKick(index, driver.kickFd, ack);
+    this.#started.add(index);
+    if (options.enable ?? true) await this.enableQueue(index, true);
+    driver.kick();
+  }
+
+  /** SET_VRING_ENABLE, where PROTOCOL_FEATURES is acked; else nothing. */
+  async enableQueue(index: number, isEnabled: boolean): Promise<void> {
+    if (!hasFeature(this.features, VirtioFeature.PROTOCOL_FEATURES)) return;
+    await this.connection.setVringEnable(index, isEnabled, this.#ack);
+  }
+
+  /**
+   * Disables and stops the queue: the back-end answers when nothing is in
+   * flight any more. Returns the base, where the next start goes on.
+   */
+  async stopQueue(index: number): Promise<number> {
+    await this.enableQueue(index, false);
+    const base = await this.connection.getVringBase(index);
+    this.#started.delete(index);
+    this.#bases[index] = base;
+    // What was completed last may have come without a call.
+    this.queues[index].poll();
+    return base;
+  }
+
+  /** Stops all started queues. */
+  async stop(): Promise<void> {
+    for (const index of [...this.#started]) await this.stopQueue(index);
+  }
+
+  /** Bytes of configuration space. */
+  getConfig(offset: number, size: number): Promise<Uint8Array> {
+    return this.connection.getConfig(offset, size);
+  }
+
+  /** Writes configuration space, as the driver does. */
+  async setConfig(offset: number, data: Uint8Array): Promise<void> {
+    await this.connection.setConfig(offset, data, this.#ack);
+  }
+
+  /** Sets bits of the device status, where STATUS is negotiated. */
+  async setStatusBits(bits: number): Promise<void> {
+    if (!hasFeature(this.protocolFeatures, Protocol.STATUS)) return;
+    const status = await this.connection.getStatus();
+    await this.connection.setStatus(status | bits, this.#ackOfAll);
+  }
+
+  /** A reset by the guest: queues stop, rings and status are as at the start. */
+  async reset(): Promise<void> {
+    await this.stop();
+    if (hasFeature(this.protocolFeatures, Protocol.STATUS)) {
+      await this.connection.setStatus(0, this.#ackOfAll);
+    }
+    if (hasFeature(this.protocolFeatures, Protocol.RESET_DEVICE)) {
+      await this.connection.resetDevice(this.#ack);
+    }
+    this.queues.forEach((driver, index) => {
+      driver.reset();
+      this.#bases[index] = 0;
+    });
+  }
+
+  /**
+   * Stops the queues and closes everything. A back-end that has gone is no
+   * error; to leave one that does not answer, close `connection` first.
+   */
+  async close(): Promise<void> {
+    try {
+      if (this.connection.isOpen) await this.stop();
+    } catch (error) {
+      if (this.connection.isOpen) throw error;
+    } finally {
+      this.connection.close();
+      await this.connection.closed;
+      this.#free();
+    }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  /** The part of the handshake that comes before the guest's driver starts. */
+  async #prepare(): Promise<void> {
+    const { connection } = this;
+    if (hasFeature(this.protocolFeatures, Protocol.BACKEND_REQ)) {
+      await connection.setBackendChannel(this.#ack);
+    }
+    await connection.setOwner(this.#ackOfAll);
+    await connection.getFeatures();
+    for (let index = 0; index < this.queues.length; index++) {
+      const { callFd } = this.queues[index];
+      await connection.setVringCall(index, callFd, this.#ackOfAll);
+    }
+  }
+
+  #backendRequest(message: BackendMessage): bigint {
+    if (message.id !== BackendRequest.BACKEND_CONFIG_CHANGE_MSG) return 1n;
+    this.onConfigChange?.();
+    return 0n;
+  }
+
+  #free(): void {
+    for (const driver of this.queues) driver.close();
+    if (this.#ownsRam) this.ram.close();
+  }
+}
+
+interface Negotiated {
+  readonly features: bigint;
+  readonly protocolFeatures: bigint;
+  readonly maxQueueCount: number;
+}
+
+async function negotiate(
+  connection: FrontendConnection,
+  options: VhostUserDeviceOptions,
+): Promise<Negotiated> {
+  const offered = await connection.getFeatures();
+  const features = offered & (options.features ?? supportedFeatures);
+  let protocolFeatures = 0n;
+  if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
+    protocolFeatures = await connection.getProtocolFeatures() &
+      (options.protocolFeatures ?? supportedProtocolFeatures);
+    const ack = options.acksAll === true &&
+      hasFeature(protocolFeatures, Protocol.REPLY_ACK);
+    await connection.setProtocolFeatures(protocolFeatures, { ack });
+  }
+  const maxQueueCount = hasFeature(protocolFeatures, Protocol.MQ)
+    ? await connection.getQueueNum()
+    : options.queueCount ?? 1;
+  if (hasFeature(protocolFeatures, Protocol.CONFIGURE_MEM_SLOTS)) {
+    await connection.getMaxMemSlots();
+  }
+  return { features, protocolFeatures, maxQueueCount };
+}

@@ -1,0 +1,43 @@
+/**
+ * The other side of vhost-user: a front-end that opens any vhost-user device
+ * from a script, and a virtio driver for its queues.
+ *
+ * @module
+ */
+
+// A disk.
+export * from "./blk.ts";
+
+// Any device.
+export * from "./device.ts";
+
+// Its parts: memory, the driver's side of a ring, messages.
+export * from "./guest_ram.ts";
+export * from "./split_driver.ts";
+export {
+  AVAILABLE_FLAG_NO_INTERRUPT,
+  type Descriptor,
+  DescriptorFlag,
+  type SplitAddresses,
+  SplitLayout,
+  USED_FLAG_NO_NOTIFY,
+  type UsedElement,
+} from "./split_layout.ts";
+export * from "./connection.ts";
+export * from "./message_socket.ts";
+export type {
+  BackendRequestHandler,
+  BackendRequests,
+} from "./backend_requests.ts";
+export { RefusedError } from "./refused_error.ts";
+export type { Descriptors, Message } from "../transports/transport.ts";
+
+// The words of the protocol.
+export * from "../protocol/address.ts";
+export * from "../protocol/features.ts";
+export {
+  FrontendRequest,
+  type FrontendRequestId,
+} from "../protocol/frontend_request.ts";
+export { BackendRequest } from "../protocol/backend_request.ts";
+export { type ErrorCode, Vhost2Error } from "../ffi/errors.ts";
