@@ -54,7 +54,7 @@ pub const manifest = .{
     .{ "poll_add", poll.add, "poll fd token writable" },
     .{ "poll_remove", poll.remove, "poll fd" },
     .{ "poll_drain", poll.drain, "poll events_out capacity" },
-    .{ "poll_wait", poll.wait, "poll timeout_ms events_out capacity" },
+    .{ "poll_wait", poll.wait, "poll timeout_us events_out capacity" },
     .{ "poll_quiet", poll.quiet, "poll is_quiet" },
     .{ "poll_close", poll.close, "poll" },
 

@@ -24,9 +24,8 @@ const Poll = struct {
     stop: i32 = -1,
     wake: i32 = -1,
     thread: ?sync.Thread = null,
-    /// 1: a byte is on its way or the isolate is looking by itself.
+    /// 1: a byte is on its way.
     pending: std.atomic.Value(u32) = .init(0),
-    is_quiet: std.atomic.Value(u32) = .init(0),
 };
 
 var polls: Handles(Poll) = .{};
@@ -92,7 +91,7 @@ fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
         for (events[0..count]) |event| {
             if (event.data.u64 == 1) return null;
         }
-        if (self.is_quiet.load(.acquire) == 0) wakeIsolate(self);
+        wakeIsolate(self);
     }
 }
 
@@ -132,13 +131,14 @@ pub fn drain(handle: u32, events_out: [*]layout.PollEvent, capacity: u32) callco
     return wait(handle, 0, events_out, capacity);
 }
 
-/// Waits up to `timeout_ms` (a Worker's wait; keep it at 100 or less).
-pub fn wait(handle: u32, timeout_ms: u32, events_out: [*]layout.PollEvent, capacity: u32) callconv(.c) i32 {
+/// Waits up to `timeout_us` microseconds (a Worker's wait; keep it at 100,000
+/// or less), or not at all with 0.
+pub fn wait(handle: u32, timeout_us: u32, events_out: [*]layout.PollEvent, capacity: u32) callconv(.c) i32 {
     const self = polls.get(handle) orelse return sys.fail(.BADF);
     self.pending.store(0, .seq_cst);
     var events: [64]linux.epoll_event = undefined;
     const room: u32 = @min(capacity, events.len);
-    const raw = linux.epoll_wait(self.epoll, &events, room, @intCast(@min(timeout_ms, 1000)));
+    const raw = waitFor(self.epoll, &events, room, @min(timeout_us, 1_000_000));
     if (linux.errno(raw) == .INTR) return 0;
     if (sys.isError(raw)) return sys.result(raw);
     for (events[0..raw], 0..) |event, index| {
@@ -151,12 +151,22 @@ pub fn wait(handle: u32, timeout_ms: u32, events_out: [*]layout.PollEvent, capac
     return sys.result(raw);
 }
 
-/// While quiet, no byte is sent: the isolate looks by itself. It drains once
-/// after it has ended the quiet.
+fn waitFor(epoll: i32, events: [*]linux.epoll_event, room: u32, timeout_us: u32) usize {
+    if (timeout_us == 0) return linux.epoll_wait(epoll, events, room, 0);
+    const timeout: linux.timespec = .{ .sec = timeout_us / 1_000_000, .nsec = @as(isize, timeout_us % 1_000_000) * 1000 };
+    const raw = linux.syscall6(.epoll_pwait2, @as(usize, @bitCast(@as(isize, epoll))), @intFromPtr(events), room, @intFromPtr(&timeout), 0, 8);
+    if (linux.errno(raw) != .NOSYS) return raw;
+    // Before Linux 5.11: whole milliseconds.
+    return linux.epoll_wait(epoll, events, room, @intCast((timeout_us + 999) / 1000));
+}
+
+/// While quiet, the thread sleeps on and no byte is sent: the isolate looks by
+/// itself. What came in the meantime is told when the quiet ends.
 pub fn quiet(handle: u32, is_quiet: u32) callconv(.c) i32 {
     const self = polls.get(handle) orelse return sys.fail(.BADF);
-    self.is_quiet.store(is_quiet & 1, .seq_cst);
-    return 0;
+    if (self.outer < 0) return 0;
+    if (is_quiet != 0) return control(self.outer, linux.EPOLL.CTL_DEL, self.epoll, 0, 0);
+    return control(self.outer, linux.EPOLL.CTL_ADD, self.epoll, EPOLLIN | EPOLLET, 0);
 }
 
 pub fn close(handle: u32) callconv(.c) i32 {
@@ -210,14 +220,32 @@ test "a worker's wait ends by an event or by its time" {
     const event = descriptor.eventfdCreate();
     defer sys.closeQuietly(event);
     var events: [4]layout.PollEvent = undefined;
-    try testing.expectEqual(0, wait(poll_handle, 1, &events, events.len));
+    try testing.expectEqual(0, wait(poll_handle, 1000, &events, events.len));
     try testing.expectEqual(0, add(poll_handle, event, 3, 0));
     _ = descriptor.eventfdSignal(event);
-    try testing.expectEqual(1, wait(poll_handle, 100, &events, events.len));
+    try testing.expectEqual(1, wait(poll_handle, 100_000, &events, events.len));
     try testing.expectEqual(3, events[0].token);
     try testing.expectEqual(0, remove(poll_handle, event));
     _ = descriptor.eventfdSignal(event);
-    try testing.expectEqual(0, wait(poll_handle, 1, &events, events.len));
+    try testing.expectEqual(0, wait(poll_handle, 1000, &events, events.len));
+}
+
+test "in the quiet nobody is woken, and what came is told at its end" {
+    var wake: i32 = -1;
+    const poll_handle: u32 = @intCast(create(&wake));
+    defer sys.closeQuietly(wake);
+    defer _ = close(poll_handle);
+    const event = descriptor.eventfdCreate();
+    defer sys.closeQuietly(event);
+    try testing.expectEqual(0, add(poll_handle, event, 7, 0));
+    try testing.expectEqual(0, quiet(poll_handle, 1));
+    _ = descriptor.eventfdSignal(event);
+    var byte: [1]u8 = undefined;
+    try testing.expectEqual(sys.fail(.AGAIN), sys.result(linux.read(wake, &byte, 1)));
+    try testing.expectEqual(0, quiet(poll_handle, 0));
+    try readWake(wake);
+    var events: [4]layout.PollEvent = undefined;
+    try testing.expectEqual(1, drain(poll_handle, &events, events.len));
 }
 
 test "a regular file cannot be watched, a dead handle is refused" {

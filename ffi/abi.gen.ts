@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1665332175;
+export const abiHash = 669394727;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -147,7 +147,7 @@ export const functions = {
   pollWait: {
     symbol: "vhost2_poll_wait",
     parameters: ["u32", "u32", "buffer", "u32"],
-    names: "poll, timeoutMs, eventsOut, capacity",
+    names: "poll, timeoutUs, eventsOut, capacity",
     result: "i32",
   },
   pollQuiet: {

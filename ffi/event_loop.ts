@@ -103,6 +103,7 @@ class EventLoop {
     }
     core.pollClose(this.#poll);
     this.#poll = 0;
+    this.#isQuiet = false;
     this.#socket?.destroy();
     this.#socket = undefined;
   }
@@ -133,7 +134,10 @@ class EventLoop {
         core.pollRemove(this.#poll, fd);
         this.#handlers[token] = undefined;
         // Events of this token may wait in the batch being worked through.
-        queueMicrotask(() => this.#freeTokens.push(token));
+        queueMicrotask(() => {
+          this.#freeTokens.push(token);
+          this.#closeIfIdle();
+        });
       },
     };
   }
@@ -145,39 +149,69 @@ class EventLoop {
   }
 
   /**
-   * While quiet, the isolate looks by itself (`drain`) and is not woken.
-   * Ending it drains once.
+   * While quiet, the isolate looks by itself (`wait`) and is not woken; what
+   * came in the meantime is told when the quiet ends.
    */
   setQuiet(isQuiet: boolean): void {
     if (this.#isQuiet === isQuiet || this.#poll === 0) return;
     this.#isQuiet = isQuiet;
     core.pollQuiet(this.#poll, isQuiet ? 1 : 0);
-    if (!isQuiet) this.drain();
   }
 
   /** Handles all that is ready now. A handler's error reaches the process. */
   drain(): void {
-    if (this.#poll === 0 || this.#isDraining) return;
+    this.wait(0);
+  }
+
+  /**
+   * Waits natively, with the event loop standing still, for up to
+   * `microseconds`, and handles what is ready: a wake-up without the way round
+   * through thread, socket pair and event loop. Keep it short.
+   *
+   * @returns whether anything was ready
+   */
+  wait(microseconds: number): boolean {
+    if (this.#poll === 0 || this.#isDraining) return false;
     this.#isDraining = true;
+    let timeout = microseconds;
+    let isAny = false;
     try {
       for (;;) {
-        const count = core.pollDrain(this.#poll, this.#events, capacity);
+        const count = core.pollWait(
+          this.#poll,
+          timeout,
+          this.#events,
+          capacity,
+        );
         if (count < 0) {
           throw new Vhost2Error("SYSTEM", `Cannot read the poll set: ${count}`);
         }
-        for (let i = 0; i < count; i++) {
-          const token = this.#events[i * eventWords];
-          const events = this.#events[i * eventWords + 1];
-          if (token === constants.tokenFault) {
-            for (const handler of [...this.#faultHandlers]) handler();
-          } else {
-            this.#handlers[token]?.(events);
-          }
-        }
-        if (count < capacity) return;
+        this.#dispatch(count);
+        isAny ||= count > 0;
+        if (count < capacity) return isAny;
+        timeout = 0;
       }
     } finally {
       this.#isDraining = false;
+    }
+  }
+
+  #dispatch(count: number): void {
+    for (let i = 0; i < count; i++) {
+      const token = this.#events[i * eventWords];
+      const events = this.#events[i * eventWords + 1];
+      try {
+        if (token === constants.tokenFault) {
+          for (const handler of [...this.#faultHandlers]) handler();
+        } else {
+          this.#handlers[token]?.(events);
+        }
+      } catch (error) {
+        // The other events do not come back: they are handled first.
+        queueMicrotask(() => {
+          throw error;
+        });
+      }
     }
   }
 }

@@ -47,7 +47,7 @@ const looksPerTurn = 50;
 
 const brokenReasons: Record<number, (value: bigint) => string> = {
   [constants.brokenAvailableIndex]: (v) =>
-    `the available index is ${v} entries ahead, more than the queue has`,
+    `the available index ${v} is more entries ahead than the queue has`,
   [constants.brokenHead]: (v) => `head ${v} is outside the descriptor table`,
   [constants.brokenHeadInFlight]: (v) =>
     `head ${v} was made available again before it was used`,
@@ -100,7 +100,6 @@ function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
 export class Virtqueue implements Turn {
   readonly queue: StartedQueue;
   readonly batch: Batch;
-  readonly pollMicroseconds: number;
   readonly #options: VirtqueueOptions;
   readonly #ring: number;
   readonly #end = new AbortController();
@@ -123,14 +122,20 @@ export class Virtqueue implements Turn {
   constructor(queue: StartedQueue, options: VirtqueueOptions) {
     this.queue = queue;
     this.#options = options;
-    this.pollMicroseconds = queue.isPolled
-      ? Infinity
-      : options.pollMicroseconds ?? 50;
     this.batch = sharedBatch(options.maxBatch ?? 64, options.headerBytes ?? 0);
     this.#ring = createRing(queue, options);
     this.#completions = new Uint32Array(queue.size * 2);
     core.ringDisarm(this.#ring);
     activate(this);
+  }
+
+  /**
+   * For the poller. While requests are with somebody else, the processor is
+   * more use to him (a kernel thread that writes the file, say).
+   */
+  get pollMicroseconds(): number {
+    if (this.queue.isPolled) return Infinity;
+    return this.#inFlight > 0 ? 0 : this.#options.pollMicroseconds ?? 50;
   }
 
   /** Requests popped and not completed. */
