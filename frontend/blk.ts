@@ -165,12 +165,21 @@ export interface BlkAnswer {
  * A disk that some vhost-user back-end serves.
  *
  * @example
- * ```ts no-run
+ * ```ts
+ * import { blkDevice, memoryBacking, registerTarget } from "vhost2";
  * import { BlkClient } from "vhost2/frontend";
- * const disk = await BlkClient.open({ path: "/tmp/disk.sock" });
- * await disk.write(0, new Uint8Array(4096).fill(1));
- * await disk.flush();
- * console.log(await disk.read(0, 4096), disk.config.capacity);
+ *
+ * // Any vhost-user disk will do; here is one.
+ * const path = `${Deno.makeTempDirSync()}/disk.sock`;
+ * await using target = await registerTarget({
+ *   transport: "vhost-user",
+ *   address: path,
+ *   ...blkDevice({ backing: memoryBacking(1 << 20) }),
+ * });
+ * const disk = await BlkClient.open({ path });
+ * await disk.write(0, new Uint8Array(512).fill(7));
+ * const [first] = await disk.read(0, 512);
+ * if (first !== 7) throw new Error(`${target.name}: not what was written`);
  * await disk.close();
  * ```
  */

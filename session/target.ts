@@ -14,7 +14,7 @@ import {
   type Transport,
   type TransportOptions,
 } from "../transports/mod.ts";
-import { Device } from "./device.ts";
+import type { Device } from "./device.ts";
 import { isInsideOp } from "./sequencer.ts";
 import { Session } from "./session.ts";
 import type { TargetOps } from "./target_ops.ts";

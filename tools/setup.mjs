@@ -39,8 +39,10 @@ export async function installPackages() {
   const installed = await readFile(stamp, "utf8").catch(() => "");
   if (installed === wanted) return await freeTheNameDeno();
   // The npm that runs us, or the one on the PATH.
-  const npm = process.env.npm_execpath
-    ? [process.execPath, process.env.npm_execpath]
+  // (`deno task` puts itself there, which is no script for Node.)
+  const npmScript = process.env.npm_execpath ?? "";
+  const npm = npmScript.endsWith("npm-cli.js")
+    ? [process.execPath, npmScript]
     : ["npm"];
   await step("Installing npm packages", "about 30 s", [
     ...npm,

@@ -201,6 +201,21 @@ export function blkDevice(options: BlkOptions): Blk {
     capacity: capacityOf(backing.size, geometry.logicalBlockSize),
     report: options.onError ?? ((error) => console.error(error.message)),
   };
+  const resize = async (size: number) => {
+    const before = disk.capacity;
+    const capacity = capacityOf(size, geometry.logicalBlockSize);
+    // Nobody may reach beyond the backing, neither before nor after.
+    disk.capacity = Math.min(before, capacity);
+    try {
+      await backing.resize(size);
+    } catch (error) {
+      disk.capacity = before;
+      throw error;
+    }
+    disk.capacity = capacity;
+    for (const device of connected) device.configChanged();
+  };
+  let resizing = Promise.resolve();
   let closed: Promise<void> | undefined;
   const close = (): Promise<void> =>
     closed ??= (async () => await backing.close())();
@@ -215,13 +230,11 @@ export function blkDevice(options: BlkOptions): Blk {
     get size() {
       return disk.capacity * sectorSize;
     },
-    async resize(size) {
-      const capacity = capacityOf(size, geometry.logicalBlockSize);
-      // Nobody may reach beyond the backing, neither before nor after.
-      if (capacity < disk.capacity) disk.capacity = capacity;
-      await backing.resize(size);
-      disk.capacity = capacity;
-      for (const device of connected) device.configChanged();
+    resize(size) {
+      // One after the other, whether the one before worked or not.
+      const resized = resizing.then(() => resize(size));
+      resizing = resized.catch(() => {});
+      return resized;
     },
     close,
     [Symbol.asyncDispose]: close,
