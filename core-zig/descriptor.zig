@@ -4,6 +4,7 @@
 const std = @import("std");
 const sys = @import("linux.zig");
 const layout = @import("layout.zig");
+const untrusted_event = @import("untrusted_event.zig");
 const linux = sys.linux;
 
 pub fn close(fd: i32) callconv(.c) i32 {
@@ -11,8 +12,8 @@ pub fn close(fd: i32) callconv(.c) i32 {
     return sys.result(linux.close(fd));
 }
 
-/// `layout.kind_*`. An eventfd is also made non-blocking here: a front-end
-/// that fills its counter must not be able to block us in a call.
+/// `layout.kind_*`. An eventfd is also made non-blocking here, for systems
+/// where `untrusted_event` has to write to it; so is a listening socket.
 pub fn kind(fd: i32) callconv(.c) i32 {
     var stat: linux.Statx = undefined;
     const raw = linux.statx(fd, "", linux.AT.EMPTY_PATH, linux.STATX.BASIC_STATS, &stat);
@@ -25,7 +26,10 @@ pub fn kind(fd: i32) callconv(.c) i32 {
             var length: linux.socklen_t = 4;
             const option = linux.getsockopt(fd, linux.SOL.SOCKET, linux.SO.ACCEPTCONN, @ptrCast(&value), &length);
             if (sys.isError(option)) return sys.result(option);
-            return if (value != 0) layout.kind_listener else layout.kind_socket;
+            if (value == 0) return layout.kind_socket;
+            // An inherited one may block, and `accept` must not.
+            const set = setNonBlocking(fd);
+            return if (set < 0) set else layout.kind_listener;
         },
         else => {},
     }
@@ -35,12 +39,15 @@ pub fn kind(fd: i32) callconv(.c) i32 {
     const length = linux.readlink(path, &link, link.len);
     if (sys.isError(length)) return layout.kind_other;
     if (!std.mem.eql(u8, link[0..length], "anon_inode:[eventfd]")) return layout.kind_other;
+    const set = setNonBlocking(fd);
+    return if (set < 0) set else layout.kind_eventfd;
+}
+
+fn setNonBlocking(fd: i32) i32 {
     const flags = linux.fcntl(fd, linux.F.GETFL, 0);
     if (sys.isError(flags)) return sys.result(flags);
     const non_blocking: u32 = @bitCast(linux.O{ .NONBLOCK = true });
-    const set = linux.fcntl(fd, linux.F.SETFL, flags | non_blocking);
-    if (sys.isError(set)) return sys.result(set);
-    return layout.kind_eventfd;
+    return sys.result(linux.fcntl(fd, linux.F.SETFL, flags | non_blocking));
 }
 
 pub fn duplicate(fd: i32) callconv(.c) i32 {
@@ -52,17 +59,16 @@ pub fn eventfdCreate() callconv(.c) i32 {
     return sys.result(linux.eventfd(0, linux.EFD.CLOEXEC | linux.EFD.NONBLOCK));
 }
 
-/// Adds one. A full counter already says what we have to say.
+/// Adds one; never blocks, whatever the front-end did to the eventfd.
 pub fn eventfdSignal(fd: i32) callconv(.c) i32 {
+    return untrusted_event.signal(fd);
+}
+
+/// Adds one to an eventfd of our own, which is non-blocking: a full counter
+/// already says what we have to say.
+pub fn signalOwn(fd: i32) void {
     const one: u64 = 1;
-    while (true) {
-        const raw = linux.write(fd, @ptrCast(&one), 8);
-        switch (linux.errno(raw)) {
-            .SUCCESS, .AGAIN => return 0,
-            .INTR => continue,
-            else => return sys.result(raw),
-        }
-    }
+    _ = linux.write(fd, @ptrCast(&one), 8);
 }
 
 /// Reads and clears the counter: 0 when it was clear; clipped to 31 bits.

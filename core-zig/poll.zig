@@ -172,7 +172,7 @@ pub fn quiet(handle: u32, is_quiet: u32) callconv(.c) i32 {
 pub fn close(handle: u32) callconv(.c) i32 {
     const self = polls.remove(handle) orelse return sys.fail(.BADF);
     if (self.thread) |thread| {
-        _ = descriptor.eventfdSignal(self.stop);
+        descriptor.signalOwn(self.stop);
         thread.join();
     }
     finish(self);
@@ -204,7 +204,7 @@ test "an event wakes the isolate once, and again after a drain" {
     defer sys.closeQuietly(event);
     try testing.expectEqual(0, add(poll_handle, event, 42, 0));
     for (0..100) |_| {
-        _ = descriptor.eventfdSignal(event);
+        descriptor.signalOwn(event);
         try readWake(wake);
         var events: [4]layout.PollEvent = undefined;
         try testing.expectEqual(1, drain(poll_handle, &events, events.len));
@@ -222,11 +222,11 @@ test "a worker's wait ends by an event or by its time" {
     var events: [4]layout.PollEvent = undefined;
     try testing.expectEqual(0, wait(poll_handle, 1000, &events, events.len));
     try testing.expectEqual(0, add(poll_handle, event, 3, 0));
-    _ = descriptor.eventfdSignal(event);
+    descriptor.signalOwn(event);
     try testing.expectEqual(1, wait(poll_handle, 100_000, &events, events.len));
     try testing.expectEqual(3, events[0].token);
     try testing.expectEqual(0, remove(poll_handle, event));
-    _ = descriptor.eventfdSignal(event);
+    descriptor.signalOwn(event);
     try testing.expectEqual(0, wait(poll_handle, 1000, &events, events.len));
 }
 
@@ -239,7 +239,7 @@ test "in the quiet nobody is woken, and what came is told at its end" {
     defer sys.closeQuietly(event);
     try testing.expectEqual(0, add(poll_handle, event, 7, 0));
     try testing.expectEqual(0, quiet(poll_handle, 1));
-    _ = descriptor.eventfdSignal(event);
+    descriptor.signalOwn(event);
     var byte: [1]u8 = undefined;
     try testing.expectEqual(sys.fail(.AGAIN), sys.result(linux.read(wake, &byte, 1)));
     try testing.expectEqual(0, quiet(poll_handle, 0));

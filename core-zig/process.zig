@@ -6,6 +6,7 @@ const builtin = @import("builtin");
 const linux = @import("linux.zig");
 const sync = @import("sync.zig");
 const fault = @import("memory/fault.zig");
+const untrusted_event = @import("untrusted_event.zig");
 
 /// A panic is a bug of ours: one line and an end. The default handler would
 /// add 270 KB of stack-trace printing to each library.
@@ -29,6 +30,7 @@ pub fn init() callconv(.c) i32 {
     pin();
     const result = fault.install();
     if (result < 0) return result;
+    untrusted_event.prepare();
     is_ready = true;
     return 0;
 }

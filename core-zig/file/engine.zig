@@ -67,7 +67,7 @@ const Engine = struct {
             },
             .pool => |*pool| pool.flush(),
         }
-        if (is_due or self.finished.count > 0) _ = descriptor.eventfdSignal(self.event);
+        if (is_due or self.finished.count > 0) descriptor.signalOwn(self.event);
     }
 
     /// Moves what came back to `finished`, and adds what has to go on.

@@ -91,7 +91,7 @@ pub const Pool = struct {
     fn finish(self: *Pool, index: u32, result: i32) void {
         self.slots[index].result = result;
         // -1: the owner has closed it, the number may be somebody else's.
-        if (self.done.count == 0 and self.event >= 0) _ = descriptor.eventfdSignal(self.event);
+        if (self.done.count == 0 and self.event >= 0) descriptor.signalOwn(self.event);
         self.done.push(self.slots, index);
     }
 
