@@ -145,7 +145,6 @@ export class SplitDriver {
       used: ram.allocate(sizes.used, 4),
     };
     this.ring = new SplitLayout(ram, queueSize, addresses);
-    this.#forget();
     this.kickFd = check(core.eventfdCreate(), "Cannot make a kick eventfd");
     this.callFd = core.eventfdCreate();
     if (this.callFd < 0) {
@@ -154,9 +153,8 @@ export class SplitDriver {
     }
     if (options.usesCalls ?? true) {
       this.#watch = eventLoop.watch(this.callFd, () => this.#called());
-    } else {
-      this.ring.setAvailableFlags(AVAILABLE_FLAG_NO_INTERRUPT);
     }
+    this.#forget();
   }
 
   /** Notifications sent to the device. */

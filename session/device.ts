@@ -115,9 +115,11 @@ export class Device {
     address: bigint,
     length: number,
   ): Uint8Array<ArrayBuffer> | null {
-    if (!(length > 0)) return null;
+    // A sum that passed 2^64 must not come round to the guest's first bytes.
+    if (!(length >= 1) || address !== BigInt.asUintN(64, address)) return null;
     const memory = this.#session.memory;
-    const found = memory.translate(space, address, Math.floor(length));
+    const bytes = Math.min(Math.floor(length), Number.MAX_SAFE_INTEGER);
+    const found = memory.translate(space, address, bytes);
     if (found === null) return null;
     const view = memory.views[found.view];
     return view === undefined

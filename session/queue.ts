@@ -19,9 +19,9 @@ export interface QueueSetup {
   readonly availableRing: Uint8Array<ArrayBuffer>;
   readonly usedRing: Uint8Array<ArrayBuffer>;
   readonly base: number;
-  readonly logAddress: Gpa | null;
   readonly isPolled: boolean;
   readonly memory: GuestMemory;
+  logAddress(): Gpa | null;
   call(): void;
   fail(reason: string): void;
 }
@@ -36,8 +36,8 @@ export interface RingAddresses {
 
 /**
  * A virtqueue between `queueStart` and the completion of `queueStop`. Nothing
- * of it changes in that time. (virtio 1.3, section 2.7 for the layout of the
- * three areas.)
+ * of it changes in that time but `logAddress`. (virtio 1.3, section 2.7 for
+ * the layout of the three areas.)
  */
 export class Queue {
   /** The device that it belongs to. */
@@ -54,8 +54,6 @@ export class Queue {
   readonly availableRing: Uint8Array<ArrayBuffer>;
   /** flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). */
   readonly usedRing: Uint8Array<ArrayBuffer>;
-  /** Guest address that stands for the used ring in the dirty log, or null. */
-  readonly logAddress: Gpa | null;
   /** The front-end gave no kick: whoever processes the queue must look. */
   readonly isPolled: boolean;
   /** For `virtqueue/`: the ring's addresses. */
@@ -70,6 +68,7 @@ export class Queue {
   availableIndex: number;
   readonly #setup: QueueSetup;
   #isStarted = true;
+  #isBroken = false;
 
   /** Made by the session only. */
   constructor(setup: QueueSetup) {
@@ -81,11 +80,18 @@ export class Queue {
     this.descriptorTable = setup.descriptorTable;
     this.availableRing = setup.availableRing;
     this.usedRing = setup.usedRing;
-    this.logAddress = setup.logAddress;
     this.isPolled = setup.isPolled;
     this.addresses = setup.addresses;
     this.memory = setup.memory;
     this.availableIndex = setup.base;
+  }
+
+  /**
+   * Guest address that stands for the used ring in the dirty log, or null:
+   * migration sets and clears it while the queue runs.
+   */
+  get logAddress(): Gpa | null {
+    return this.#isStarted ? this.#setup.logAddress() : null;
   }
 
   /** False once the queue has been stopped. */
@@ -102,13 +108,20 @@ export class Queue {
     if (this.#isStarted) this.#setup.call();
   }
 
+  /** `fail` was called: no kick is delivered any more. */
+  get isBroken(): boolean {
+    return this.#isBroken;
+  }
+
   /**
    * Declares the ring broken: the reason is reported and the front-end told
-   * through its error descriptor. The queue stays started, and idle, until the
-   * front-end stops it.
+   * through its error descriptor, once. The queue stays started, and idle,
+   * until the front-end stops it.
    */
   fail(reason: string): void {
-    if (this.#isStarted) this.#setup.fail(reason);
+    if (!this.#isStarted || this.#isBroken) return;
+    this.#isBroken = true;
+    this.#setup.fail(reason);
   }
 
   /** For the session: the queue has ended. */

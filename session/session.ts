@@ -234,8 +234,7 @@ export class Session {
     if (
       descriptorTable === null || availableRing === null || usedRing === null
     ) {
-      // Until then it stays stopped: a later table may map it.
-      if (this.memory.regions.length > 0) vring.error?.signal();
+      if (this.memory.regions.length > 0) this.#refuseRing(vring);
       return null;
     }
     return new Queue({
@@ -248,9 +247,12 @@ export class Session {
       availableRing,
       usedRing,
       base: vring.base,
-      logAddress: (addresses.flags & VRING_FLAG_LOG) !== 0
-        ? addresses.log
-        : null,
+      logAddress: () => {
+        const now = vring.addresses;
+        return now !== null && (now.flags & VRING_FLAG_LOG) !== 0
+          ? now.log
+          : null;
+      },
       isPolled: vring.kick.kind === "polled",
       memory: this.memory,
       call: () => vring.call?.signal(),
@@ -264,6 +266,18 @@ export class Session {
         );
       },
     });
+  }
+
+  /** Told once: it stays stopped until it, or the memory, is set up anew. */
+  #refuseRing(vring: Vring): void {
+    vring.run = { kind: "failed" };
+    vring.error?.signal();
+    this.report(
+      new Vhost2Error(
+        "MEMORY",
+        `Cannot start queue ${vring.index} of ${this.name}: its ring of ${vring.size} descriptors is not inside one memory region`,
+      ),
+    );
   }
 
   async #start(vring: Vring, queue: Queue): Promise<void> {
@@ -289,7 +303,7 @@ export class Session {
 
   /** A kick arrived, or may have: the user's op, if the queue has started. */
   kick(vring: Vring): void {
-    if (vring.run.kind !== "started") return;
+    if (vring.run.kind !== "started" || vring.run.queue.isBroken) return;
     try {
       this.ops.queueKick?.(vring.run.queue);
     } catch (cause) {

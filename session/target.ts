@@ -108,6 +108,8 @@ export class Target {
     } catch (error) {
       connection.close();
       this.#report(error as Vhost2Error, null);
+      // Later: a transport that is just being opened is not in place yet.
+      queueMicrotask(() => this.#transport?.disconnected(connection));
       return;
     }
     const ended = session.run()

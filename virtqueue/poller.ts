@@ -19,7 +19,7 @@ export interface Turn {
   turn(): boolean;
   /** Asks to be woken again; false when work came in the meantime. */
   rest(): boolean;
-  /** Microseconds to go on looking after the last work; Infinity: always. */
+  /** Microseconds to go on looking after the last work. */
   readonly pollMicroseconds: number;
 }
 
@@ -52,7 +52,12 @@ function run(): void {
       active.delete(member);
     }
   }
-  if (active.size > 0) return schedule();
+  if (active.size > 0) {
+    // Nobody wakes the isolate if it is still quiet, and a queue that is
+    // always busy must not keep kicks and messages out.
+    eventLoop.drain();
+    return schedule();
+  }
   eventLoop.setQuiet(true);
   if (eventLoop.wait(waitMicroseconds)) lastEvent = performance.now();
   if (active.size > 0 || now - lastEvent < lingerMs) schedule();

@@ -45,6 +45,9 @@ export interface VirtqueueOptions {
  */
 const looksPerTurn = 50;
 
+/** Between two looks at a polled queue without work, in milliseconds. */
+const idlePollMs = 1;
+
 const brokenReasons: Record<number, (value: bigint) => string> = {
   [constants.brokenAvailableIndex]: (v) =>
     `the available index ${v} is more entries ahead than the queue has`,
@@ -113,6 +116,7 @@ export class Virtqueue implements Turn {
   #isInTurn = false;
   #isFlushScheduled = false;
   #drained: (() => void) | undefined;
+  #pollTimer: ReturnType<typeof setTimeout> | undefined;
 
   /**
    * @param queue a started queue
@@ -134,7 +138,6 @@ export class Virtqueue implements Turn {
    * more use to him (a kernel thread that writes the file, say).
    */
   get pollMicroseconds(): number {
-    if (this.queue.isPolled) return Infinity;
     return this.#inFlight > 0 ? 0 : this.#options.pollMicroseconds ?? 50;
   }
 
@@ -192,6 +195,12 @@ export class Virtqueue implements Turn {
   /** For the poller: kicks are wanted again; false when there is work. */
   rest(): boolean {
     if (this.#isStopping || this.#isBroken) return true;
+    if (this.queue.isPolled) {
+      // No kick will come. Looking without a pause would give a core away to
+      // whoever asks for it.
+      this.#pollTimer = setTimeout(() => activate(this), idlePollMs);
+      return true;
+    }
     const result = core.ringArm(this.#ring);
     if (result < 0) this.#break(result);
     if (result <= 0) return true;
@@ -293,6 +302,7 @@ export class Virtqueue implements Turn {
   async stop(): Promise<void> {
     if (!this.#isOpen) return;
     this.#isStopping = true;
+    clearTimeout(this.#pollTimer);
     deactivate(this);
     this.flush();
     if (this.#inFlight > 0) await this.#drain();

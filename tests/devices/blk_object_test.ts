@@ -4,6 +4,7 @@ import type { DiskObject } from "../../devices/mod.ts";
 import { test } from "../harness.ts";
 import {
   arrayDisk,
+  assertBytes,
   header,
   IOERR,
   OK,
@@ -47,7 +48,7 @@ test("requests complete in the order in which the object ends them", async () =>
   const reads = [0, 1, 2, 3].map(async (sector) => {
     const { status, data } = await served.guest.read(sector, 512);
     assert.equal(status, OK);
-    assert.deepEqual(data, new Uint8Array(512).fill(sector + 1));
+    assertBytes(data, new Uint8Array(512).fill(sector + 1));
     ended.push(sector);
   });
   await whenWaiting(4);
@@ -103,16 +104,23 @@ test("an object that hangs is waited for by a stop for its time, then its reques
     stopTimeoutMs: 20,
   });
   const { guest } = served;
-  const read = guest.read(5, 512);
+  const address = guest.ram.allocate(16 + 513);
+  guest.ram.write(address, header(Type.IN, 5));
+  const read = guest.drivers[0].submitChain([
+    { address, length: 16, isWritable: false },
+    { address: address + 16n, length: 513, isWritable: true },
+  ]);
   await whenWaiting(1);
   assert.equal(signals[0].aborted, false);
   assert.equal(await guest.connection.getVringBase(0), 1);
-  assert.equal((await read).status, IOERR);
+  assert.equal(await read, 1);
+  assert.equal(guest.ram.read(address + 528n, 1)[0], IOERR);
   assert.equal(signals[0].aborted, true);
   // It ends after all: that reaches nobody.
   gates.forEach((open) => open());
   await guest.connection.barrier();
   assert.equal(guest.drivers[0].usedCount, 1);
+  assertBytes(guest.ram.read(address + 16n, 512), new Uint8Array(512));
 });
 
 test("what the object writes into its buffer after its request has ended does not reach the guest", async () => {
@@ -130,7 +138,7 @@ test("what the object writes into its buffer after its request has ended does no
   await done;
   buffers.get(6 * 512)!.fill(0xee);
   const after = guest.ram.read(address + 16n, 512);
-  assert.deepEqual(after, new Uint8Array(512).fill(7));
+  assertBytes(after, new Uint8Array(512).fill(7));
 });
 
 test("the guest cannot change what is being written while the object writes it", async () => {
@@ -160,7 +168,7 @@ test("the guest cannot change what is being written while the object writes it",
   guest.ram.bytes(address + 16n, 512).fill(0);
   open();
   await done;
-  assert.deepEqual(plain.bytes.slice(0, 512), new Uint8Array(pattern(512)));
+  assertBytes(plain.bytes.slice(0, 512), new Uint8Array(pattern(512)));
 });
 
 test("an object that gives its buffer away fails the request", async () => {
@@ -187,7 +195,7 @@ test("requests longer than a transfer reach the object in pieces of 1 MiB", asyn
   await using served = await ServedDisk.start({ backing: disk });
   const data = pattern((2 << 20) + 4096, 3);
   assert.equal((await served.guest.write(8, data)).status, OK);
-  assert.deepEqual((await served.guest.read(8, data.length)).data, data);
+  assertBytes((await served.guest.read(8, data.length)).data, data);
   assert.deepEqual(lengths, [1 << 20, 1 << 20, 4096]);
 });
 
@@ -221,7 +229,7 @@ test("an object without write is a read-only disk, and needs no other method", a
   };
   await using served = await ServedDisk.start({ backing: disk });
   const { guest } = served;
-  assert.deepEqual(
+  assertBytes(
     (await guest.read(0, 512)).data,
     new Uint8Array(512).fill(5),
   );

@@ -5,6 +5,7 @@
  * @module
  */
 
+import assert from "node:assert/strict";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -75,6 +76,13 @@ export function pattern(size: number, seed = 1): Uint8Array<ArrayBuffer> {
     { length: size },
     (_, i) => (i * 31 + (i >> 8) * 7 + seed * 101) & 0xff,
   );
+}
+
+/** As deepEqual, which takes minutes to describe how large arrays differ. */
+export function assertBytes(actual: Uint8Array, expected: Uint8Array): void {
+  assert.equal(actual.length, expected.length, "bytes");
+  const at = actual.findIndex((byte, i) => byte !== expected[i]);
+  assert.equal(at, -1, `byte ${at}: ${actual[at]}, not ${expected[at]}`);
 }
 
 /** How a request is cut into descriptors. */

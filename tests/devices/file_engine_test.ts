@@ -1,6 +1,12 @@
 // The engine for file I/O under its clients, without a device.
 import assert from "node:assert/strict";
-import { readFileSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  openSync,
+  readFileSync,
+  readSync,
+  writeFileSync,
+} from "node:fs";
 import { core } from "../../ffi/core.ts";
 import {
   type FileClient,
@@ -13,7 +19,7 @@ import { GuestRam } from "../../frontend/guest_ram.ts";
 import { constants } from "../../ffi/abi.gen.ts";
 import { eventLoop } from "../../ffi/event_loop.ts";
 import { test } from "../harness.ts";
-import { pattern, TemporaryFolder } from "./disk_guest.ts";
+import { assertBytes, pattern, TemporaryFolder } from "./disk_guest.ts";
 
 /** Collects results and tells when a number of them is there. */
 class Results implements FileClient {
@@ -101,7 +107,7 @@ for (const useThreads of [false, true]) {
         assert.equal(result, 0, `${cookie}`);
       }
       assert.equal(engine.inFlight, 0);
-      assert.deepEqual(new Uint8Array(readFileSync(path)), content);
+      assertBytes(new Uint8Array(readFileSync(path)), content);
     } finally {
       engine.release();
       memory.close();
@@ -114,10 +120,12 @@ for (const useThreads of [false, true]) {
 test("an offset above 4 GiB reaches the file as it is", async () => {
   using folder = new TemporaryFolder();
   const path = folder.file("disk");
-  writeFileSync(path, "");
+  // Here it would arrive without its upper half.
+  writeFileSync(path, pattern(8192));
   const file = openFile(path);
   const size = 2 ** 33;
   assert.equal(core.memfdResize(file, size), 0);
+  const openedForReading = openSync(path, "r");
   eventLoop.ref();
   const engine = FileEngine.acquire();
   try {
@@ -144,8 +152,12 @@ test("an offset above 4 GiB reaches the file as it is", async () => {
     await results.wait(2);
     assert.deepEqual([...results.byCookie.values()], [0, 0]);
     assert.equal(core.fileSize(file), size);
+    const start = new Uint8Array(8192);
+    assert.equal(readSync(openedForReading, start), start.length);
+    assertBytes(start, pattern(8192));
   } finally {
     engine.release();
+    closeSync(openedForReading);
     core.descriptorClose(file);
     eventLoop.unref();
   }

@@ -42,7 +42,7 @@ export function connect(
   const minDelayMs = Math.max(1, delays.minDelayMs ?? 100);
   const maxDelayMs = Math.max(minDelayMs, delays.maxDelayMs ?? 5000);
   let delayMs = minDelayMs;
-  let lastErrno = 0;
+  let lastErrno: number | undefined = 0;
   let timer: ReturnType<typeof setTimeout> | undefined;
   let current: Connection | undefined;
   let isOpen = true;
@@ -54,6 +54,18 @@ export function connect(
     return core.socketConnect(bytes, bytes.length);
   };
 
+  const retry = () => {
+    timer = setTimeout(attempt, delayMs);
+    delayMs = Math.min(delayMs * 2, maxDelayMs);
+  };
+
+  const failed = (error: Vhost2Error) => {
+    if (!isRepeated) throw error;
+    if (error.errno !== lastErrno) host.failed(error);
+    lastErrno = error.errno;
+    retry();
+  };
+
   const attempt = () => {
     timer = undefined;
     const fd = open();
@@ -63,17 +75,18 @@ export function connect(
         `Cannot connect to ${address}: ${errnoName(-fd)}`,
         { errno: -fd },
       );
-      if (!isRepeated) throw error;
-      if (-fd !== lastErrno) host.failed(error);
-      lastErrno = -fd;
-      timer = setTimeout(attempt, delayMs);
-      delayMs = Math.min(delayMs * 2, maxDelayMs);
+      failed(error);
+      return;
+    }
+    const name = isPath ? `vhost-user:${address}` : `vhost-user:fd ${fd}`;
+    try {
+      current = new VhostUserConnection(fd, `${name} #${++count}`);
+    } catch (error) {
+      failed(error as Vhost2Error);
       return;
     }
     lastErrno = 0;
     delayMs = minDelayMs;
-    const name = isPath ? `vhost-user:${address}` : `vhost-user:fd ${fd}`;
-    current = new VhostUserConnection(fd, `${name} #${++count}`);
     host.connected(current);
   };
 
@@ -92,10 +105,7 @@ export function connect(
     disconnected(connection) {
       if (connection !== current) return;
       current = undefined;
-      if (isOpen && isRepeated) {
-        timer = setTimeout(attempt, delayMs);
-        delayMs = Math.min(delayMs * 2, maxDelayMs);
-      }
+      if (isOpen && isRepeated) retry();
     },
   };
 }

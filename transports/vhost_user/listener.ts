@@ -49,6 +49,7 @@ export function listen(options: ListenOptions, host: TransportHost): Transport {
   const name = isPath ? `vhost-user:${address}` : `vhost-user:fd ${fd}`;
   let count = 0;
   let isOpen = true;
+  let lastErrno = 0;
   let retry: ReturnType<typeof setTimeout> | undefined;
 
   const accept = () => {
@@ -57,17 +58,19 @@ export function listen(options: ListenOptions, host: TransportHost): Transport {
       const client = core.socketAccept(fd);
       if (client === -Errno.EAGAIN) return;
       if (client < 0) {
-        host.failed(
-          new Vhost2Error(
-            "SYSTEM",
-            `Cannot accept on ${name}: ${errnoName(-client)}`,
-            { errno: -client },
-          ),
+        const error = new Vhost2Error(
+          "SYSTEM",
+          `Cannot accept on ${name}: ${errnoName(-client)}`,
+          { errno: -client },
         );
+        // Told once for a row of equal ones, not ten times a second.
+        if (-client !== lastErrno) host.failed(error);
+        lastErrno = -client;
         // No descriptor is free, or no memory: the peer waits in the queue.
         retry = setTimeout(accept, acceptPauseMs);
         return;
       }
+      lastErrno = 0;
       let connection;
       try {
         connection = new VhostUserConnection(client, `${name} #${++count}`);
