@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import type { Device, Queue, TargetOps } from "../../mod.ts";
 import { Signal } from "../support/wait.ts";
+import { deferred } from "./deferred.ts";
 
 /** The asynchronous ops, which the sequencer calls one at a time. */
 export type AsyncOp =
@@ -16,7 +17,7 @@ export type AsyncOp =
 
 /** An op that is being held. */
 export class Hold {
-  readonly #end = Promise.withResolvers<void>();
+  readonly #end = deferred<void>();
 
   /** For the recording: settles when the op may. */
   get ended(): Promise<void> {

@@ -131,6 +131,19 @@ test("rule 4: a start looks at the ring even when nobody ever kicked", async () 
   });
 });
 
+test("rule 4: queueKick is called at each start: a kick may have come before", async () => {
+  await withGuest({ device: () => ({}) }, async (guest, { recording }) => {
+    await guest.activate();
+    await guest.connection.setVringNum(0, 16);
+    await guest.connection.setVringAddr(guest.vringAddress(0));
+    await guest.connection.setVringKick(0, guest.queues[0].kickFd);
+    await guest.connection.setVringEnable(0, true);
+    await guest.connection.barrier();
+    assert.equal(guest.queues[0].kicks, 0);
+    assert.equal(recording.kicks.get(0), 1);
+  });
+});
+
 test("rule 5: NOFD in SET_VRING_CALL means that queue, and that it is not called", async () => {
   await withGuest({}, async (guest) => {
     await guest.start();
@@ -315,11 +328,14 @@ test("rule 10: a GET_CONFIG that fails is answered by a payload of zero bytes", 
 
 test("rule 10: partial and hostile SET_CONFIG are accepted or refused, by their bounds", async () => {
   const config = new Uint8Array(8);
+  let writes = 0;
   const device = () => ({
     ...echo(),
     getConfig: () => config,
-    setConfig: (_: unknown, offset: number, data: Uint8Array) =>
-      config.set(data, offset),
+    setConfig: (_: unknown, offset: number, data: Uint8Array) => {
+      writes++;
+      config.set(data, offset);
+    },
   });
   await serving({ device, errorsExpected: true }, async ({ path }) => {
     const connection = await acking(path);
@@ -350,6 +366,7 @@ test("rule 10: partial and hostile SET_CONFIG are accepted or refused, by their 
       0n,
     );
     assert.deepEqual(config, Uint8Array.of(0, 0, 3, 3, 3, 0, 0, 8));
+    assert.equal(writes, 2);
     connection.close();
     await connection.closed;
   });
@@ -357,7 +374,7 @@ test("rule 10: partial and hostile SET_CONFIG are accepted or refused, by their 
 
 test("rule 11: a vring index is 32 bits, compared before it is cut", async () => {
   await serving({ errorsExpected: true }, async (served) => {
-    const { recording } = served;
+    const { recording, errors } = served;
     await opened(served, { acksAll: true }, async (guest) => {
       const { connection } = guest;
       await guest.start();
@@ -374,6 +391,10 @@ test("rule 11: a vring index is 32 bits, compared before it is cut", async () =>
         ) await assert.rejects(attempt, RefusedError);
       }
       assert.equal(recording.count("queueStop 0"), 0);
+      assert.equal(errors.pending.length, 20);
+      for (const { message } of errors.pending) {
+        assert.match(message, /: vring \d+ of 4$/);
+      }
       await assertWorks(guest);
       await assert.rejects(connection.getVringBase(0x10000), {
         code: "CLOSED",

@@ -23,8 +23,16 @@ import { VRING_FLAG_LOG } from "../../protocol/payloads.ts";
 import { gpa } from "../../protocol/address.ts";
 import { test } from "../harness.ts";
 import { eventually, within } from "../support/wait.ts";
+import { deferred } from "./deferred.ts";
 import type { Recording } from "./recording.ts";
-import { assertWorks, echo, opened, serving, withGuest } from "./served.ts";
+import {
+  assertGone,
+  assertWorks,
+  echo,
+  opened,
+  serving,
+  withGuest,
+} from "./served.ts";
 
 /** Negotiates without memory slots: SET_MEM_TABLE, as without virtio-mem. */
 const tableGuest = {
@@ -75,8 +83,8 @@ test("rule 2: GET_VRING_BASE: a second one answers the same, and of a ring that 
 });
 
 test("rule 2: GET_VRING_BASE waits for the requests in flight", async () => {
-  const end = Promise.withResolvers<void>();
-  const arrived = Promise.withResolvers<void>();
+  const end = deferred<void>();
+  const arrived = deferred<void>();
   const device = () =>
     requestOps(async (request) => {
       arrived.resolve();
@@ -146,9 +154,9 @@ test("SET_MEM_TABLE that moves the guest's memory: the same uvas are found in th
       description: { ...region.description, gpa: gpa(1n << 40n) },
     }], { ack: true });
     await recording.completed("queueStart 3", 2);
-    assert.equal(view.length, 0);
+    assertGone(view);
+    assertGone(old.descriptorTable);
     assert.equal(old.isStarted, false);
-    assert.equal(old.descriptorTable.length, 0);
     const queue = recording.queues.get(0)!;
     assert.notEqual(queue, old);
     assert.equal(queue.descriptorTable.length, 16 * 16);
@@ -435,7 +443,7 @@ test("after ten failed stops the memory is revoked and the device destroyed", as
     // What a device that cannot stop still sees and writes is not the guest's.
     assert.equal(atDestroy, 0);
     assert.equal(bytes[5000], 99);
-    assert.equal(view.length, 0);
+    assertGone(view);
     for (const index of [0, 2, 3]) {
       assert.equal(recording.count(`queueStop ${index}`), 1);
     }
@@ -461,7 +469,7 @@ for (
   ] as const
 ) {
   test(`unregister inside ${op} rejects at once`, async () => {
-    const outcome = Promise.withResolvers<unknown>();
+    const outcome = deferred<unknown>();
     const inner: TargetOps = echo();
     let target: Target;
     const device = (): TargetOps => ({
@@ -485,8 +493,8 @@ for (
 }
 
 test("unregister after an op, in what the op has left running, is no deadlock", async () => {
-  const later = Promise.withResolvers<void>();
-  const done = Promise.withResolvers<void>();
+  const later = deferred<void>();
+  const done = deferred<void>();
   let target: { unregister(): Promise<void> };
   const device = () => ({
     deviceCreate: () => {

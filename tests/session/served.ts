@@ -130,6 +130,16 @@ export function withGuest(
   );
 }
 
+/**
+ * The view's region has gone: it is empty, or, where a runtime cannot empty
+ * views (Node 20), shows zeros in place of what the guest has there.
+ */
+export function assertGone(view: Uint8Array): void {
+  const canDetach = typeof ArrayBuffer.prototype.transfer === "function";
+  if (canDetach) assert.equal(view.length, 0);
+  else assert.ok(view.every((byte) => byte === 0));
+}
+
 let sequence = 0;
 
 /** The queue works: bytes that nobody sent before come back. */

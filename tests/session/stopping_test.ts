@@ -13,6 +13,7 @@ import {
 } from "../../mod.ts";
 import { test } from "../harness.ts";
 import { Events, within } from "../support/wait.ts";
+import { deferred } from "./deferred.ts";
 import { assertWorks, echo, opened, serving, withGuest } from "./served.ts";
 
 test("stopTimeoutMs: what hangs is failed, with its signal aborted, and the queue stops", async () => {
@@ -39,7 +40,7 @@ test("stopTimeoutMs: what hangs is failed, with its signal aborted, and the queu
 });
 
 test("stopTimeoutMs: a request that ends on its signal answers what it likes", async () => {
-  const arrived = Promise.withResolvers<void>();
+  const arrived = deferred<void>();
   const device = () =>
     requestOps((request) => {
       arrived.resolve();
@@ -61,8 +62,8 @@ test("stopTimeoutMs: a request that ends on its signal answers what it likes", a
 });
 
 test("a stop waits for a request that is merely slow", async () => {
-  const end = Promise.withResolvers<number>();
-  const arrived = Promise.withResolvers<void>();
+  const end = deferred<number>();
+  const arrived = deferred<void>();
   const device = () =>
     requestOps(() => {
       arrived.resolve();
