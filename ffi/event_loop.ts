@@ -33,7 +33,9 @@ export interface Watch {
   close(): void;
 }
 
+/** Events per call of the core, and calls per turn of the event loop. */
 const capacity = 64;
+const maxRounds = 8;
 const eventWords = layouts.PollEvent.byteSize / 4;
 
 class EventLoop {
@@ -176,7 +178,7 @@ class EventLoop {
     let timeout = microseconds;
     let isAny = false;
     try {
-      for (;;) {
+      for (let round = 0; round < maxRounds; round++) {
         const count = core.pollWait(
           this.#poll,
           timeout,
@@ -191,6 +193,9 @@ class EventLoop {
         if (count < capacity) return isAny;
         timeout = 0;
       }
+      // Who signals faster than we handle must not keep the others out.
+      setImmediate(() => this.drain());
+      return isAny;
     } finally {
       this.#isDraining = false;
     }

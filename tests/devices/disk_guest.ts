@@ -37,6 +37,8 @@ export const Type = {
 } as const;
 
 /** PROTOCOL_FEATURES (30). */
+/** Its rings are split. */
+const packedBit = 1n << 34n;
 const protocolFeaturesBit = 1n << 30n;
 /** MQ, REPLY_ACK, BACKEND_REQ, CONFIG. */
 const protocolFeatures = (1n << 0n) | (1n << 3n) | (1n << 5n) | (1n << 9n);
@@ -133,7 +135,8 @@ export class DiskGuest {
     const { queueSize = 128, queueCount = 1, knows = ~0n } = options;
     const connection = await FrontendConnection.connect(path);
     const offered = await connection.getFeatures();
-    const features = offered & (knows | protocolFeaturesBit | (1n << 32n));
+    const features = offered & (knows | protocolFeaturesBit | (1n << 32n)) &
+      ~packedBit;
     await connection.setProtocolFeatures(
       protocolFeatures & await connection.getProtocolFeatures(),
     );

@@ -11,6 +11,7 @@ import { SegmentWord } from "../../../virtqueue/mod.ts";
 import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
 import { Status } from "./backing.ts";
 import { Copies, fromGuest, toGuest } from "./copies.ts";
+import { largeBytes, Slices } from "./slices.ts";
 
 /** Zeroing skips what was never written, in steps of these many bytes. */
 const stepShift = 16;
@@ -77,6 +78,7 @@ function allocate(size: number): Uint8Array<ArrayBuffer> {
 class MemoryQueue implements BackingQueue {
   readonly #client: BackingClient;
   readonly #storage: Storage;
+  readonly #slices: Slices;
   /** Heads of the requests whose copies wait for `submit`. */
   readonly #heads: Uint32Array<ArrayBuffer>;
   #count = 0;
@@ -84,17 +86,18 @@ class MemoryQueue implements BackingQueue {
   constructor(client: BackingClient, storage: Storage) {
     this.#client = client;
     this.#storage = storage;
+    this.#slices = new Slices(client, storage);
     this.#heads = new Uint32Array(client.batch.maxRequests);
   }
 
   read(
     head: number,
     offset: number,
-    _length: number,
+    length: number,
     segmentFirst: number,
     segmentCount: number,
   ): void {
-    this.#stage(head, offset, segmentFirst, segmentCount, toGuest);
+    this.#stage(head, offset, length, segmentFirst, segmentCount, toGuest);
   }
 
   write(
@@ -105,16 +108,21 @@ class MemoryQueue implements BackingQueue {
     segmentCount: number,
   ): void {
     if (length > 0) this.#storage.markWritten(offset, length);
-    this.#stage(head, offset, segmentFirst, segmentCount, fromGuest);
+    this.#stage(head, offset, length, segmentFirst, segmentCount, fromGuest);
   }
 
   #stage(
     head: number,
     offset: number,
+    bytes: number,
     segmentFirst: number,
     segmentCount: number,
     access: number,
   ): void {
+    if (bytes > largeBytes) {
+      this.#slices.copy(head, offset, segmentFirst, segmentCount, access);
+      return;
+    }
     const { words, segments } = this.#client.batch;
     let at = segments + segmentFirst * SegmentWord.count;
     let position = offset;
@@ -137,11 +145,15 @@ class MemoryQueue implements BackingQueue {
   }
 
   discard(head: number, offset: number, length: number): void {
-    this.#storage.zero(offset, length);
-    this.#client.finish(head, Status.OK);
+    this.#zero(head, offset, length);
   }
 
   writeZeroes(head: number, offset: number, length: number): void {
+    this.#zero(head, offset, length);
+  }
+
+  #zero(head: number, offset: number, length: number): void {
+    if (length > largeBytes) return this.#slices.zero(head, offset, length);
     this.#storage.zero(offset, length);
     this.#client.finish(head, Status.OK);
   }
