@@ -12,7 +12,7 @@ const descriptor = @import("descriptor.zig");
 const socket = @import("socket.zig");
 const poll = @import("poll.zig");
 const memory = @import("memory/memory.zig");
-const ring = @import("ring/split.zig");
+const ring = @import("ring/ring.zig");
 const file = @import("file/engine.zig");
 const driver = @import("ring/load.zig");
 
@@ -74,7 +74,7 @@ pub const manifest = .{
     .{ "map_shared", memory.mapShared, "fd size address_out" },
     .{ "unmap", memory.unmap, "address size" },
 
-    // The split ring, device side
+    // Virtqueues, split and packed, device side
     .{ "ring_create", ring.create, "memory config reason_out" },
     .{ "ring_pop", ring.pop, "ring batch batch_words max" },
     .{ "ring_push", ring.push, "ring completions count" },
@@ -111,6 +111,7 @@ test {
     _ = @import("linux.zig");
     _ = process;
     _ = descriptor;
+    _ = @import("untrusted_event.zig");
     _ = socket;
     _ = poll;
     _ = memory;

@@ -97,6 +97,8 @@ pub const memory_faulted: u32 = 1;
 pub const memory_revoked: u32 = 2;
 
 pub const RingConfig = extern struct {
+    /// Descriptor area, driver area and device area, by their names in a split
+    /// ring.
     descriptor_address: u64,
     available_address: u64,
     used_address: u64,
@@ -104,9 +106,11 @@ pub const RingConfig = extern struct {
     features: u64,
     /// `space_gpa` or `space_uva`: in which the three addresses are.
     space: u32,
-    /// Number of descriptors: a power of two up to 32768.
+    /// Number of descriptors: up to 32768, and a power of two in a split ring.
     size: u32,
-    /// Where to go on in the available ring (SET_VRING_BASE).
+    /// Where to go on, as SET_VRING_BASE carries it: in the available ring or,
+    /// packed, 15 bits of position and a wrap counter of what is available,
+    /// then the same of what is used.
     base: u32,
     /// Readable bytes at the start of each request, copied into its record
     /// (at most 256), and writable bytes at its end kept apart (at most 1).
@@ -118,7 +122,7 @@ pub const RingConfig = extern struct {
 /// Why a ring is broken (`RingState.broken`).
 pub const broken_none: u32 = 0;
 pub const broken_available_index: u32 = 1; // more than `size` ahead of us
-pub const broken_head: u32 = 2; // head outside the descriptor table
+pub const broken_head: u32 = 2; // head (packed: buffer id) not below `size`
 pub const broken_head_in_flight: u32 = 3; // made available again before it was used
 pub const broken_next: u32 = 4; // next outside the table
 pub const broken_loop: u32 = 5; // more descriptors than the limit
@@ -133,7 +137,9 @@ pub const broken_memory: u32 = 13; // the memory faulted or was revoked
 pub const broken_empty: u32 = 14; // an empty chain
 
 pub const RingState = extern struct {
+    /// The base of a ring that goes on from here; packed: all 32 bits of it.
     last_available: u32,
+    /// Packed: position and wrap counter.
     used_index: u32,
     in_flight: u32,
     broken: u32,

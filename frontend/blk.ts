@@ -7,10 +7,12 @@
 import { Vhost2Error } from "../ffi/errors.ts";
 import { featureMask, hasFeature } from "../protocol/features.ts";
 import {
+  type RingFormatOptions,
   supportedFeatures,
   VhostUserDevice,
   type VhostUserDeviceOptions,
 } from "./device.ts";
+import type { QueueDriver } from "./queue_driver.ts";
 
 /** VIRTIO_BLK_F_*. */
 export const BlkFeature = {
@@ -184,19 +186,22 @@ export interface BlkAnswer {
  * ```
  */
 export class BlkClient {
-  readonly device: VhostUserDevice;
+  readonly device: VhostUserDevice<QueueDriver>;
   #config: BlkConfig;
   #turn = 0;
 
-  private constructor(device: VhostUserDevice, config: BlkConfig) {
+  private constructor(device: VhostUserDevice<QueueDriver>, config: BlkConfig) {
     this.device = device;
     this.#config = config;
   }
 
   /** Opens the device with all features that this client uses. */
-  static async open(options: VhostUserDeviceOptions): Promise<BlkClient> {
+  static async open(
+    options: VhostUserDeviceOptions & Partial<RingFormatOptions>,
+  ): Promise<BlkClient> {
     const device = await VhostUserDevice.open({
       features: supportedFeatures | featureMask(...Object.values(BlkFeature)),
+      packed: false,
       ...options,
     });
     try {

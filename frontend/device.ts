@@ -1,6 +1,6 @@
 /**
  * A vhost-user device as a front-end uses it: the handshake in QEMU's order,
- * guest memory, and a split virtqueue driver for each queue.
+ * guest memory, and a virtqueue driver for each queue.
  *
  * @module
  */
@@ -22,6 +22,8 @@ import {
   type RamRegion,
   type RamRegionOptions,
 } from "./guest_ram.ts";
+import { PackedDriver } from "./packed_driver.ts";
+import type { QueueDriver, QueueDriverOptions } from "./queue_driver.ts";
 import { SplitDriver } from "./split_driver.ts";
 
 /** Bits of the device status (VIRTIO 1.3 section 2.1). */
@@ -60,6 +62,7 @@ export interface VhostUserDeviceOptions {
   /**
    * Features wanted, those of the device type included; of them, those that
    * are offered are acked. {@linkcode supportedFeatures} unless given.
+   * RING_PACKED is a matter of `packed`, whatever is said here.
    */
   readonly features?: bigint;
   /** The same for {@linkcode supportedProtocolFeatures}. */
@@ -82,6 +85,12 @@ export interface VhostUserDeviceOptions {
   readonly usesCalls?: boolean;
 }
 
+/** Which format the rings have. */
+export interface RingFormatOptions {
+  /** Packed rings, which the device must offer; split ones unless given. */
+  readonly packed: boolean;
+}
+
 /** How one queue is started. */
 export interface StartQueueOptions {
   /** Where to go on; where the last stop ended unless given. */
@@ -90,8 +99,8 @@ export interface StartQueueOptions {
   readonly enable?: boolean;
 }
 
-/** An open device. */
-export class VhostUserDevice {
+/** An open device; its rings are split unless it was opened otherwise. */
+export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly connection: FrontendConnection;
   readonly ram: GuestRam;
   /** Negotiated virtio features. */
@@ -101,7 +110,7 @@ export class VhostUserDevice {
   /** What GET_QUEUE_NUM said; 1 without MQ. */
   readonly maxQueueCount: number;
   /** By queue index. */
-  readonly queues: readonly SplitDriver[];
+  readonly queues: readonly Driver[];
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
   readonly #ownsRam: boolean;
@@ -115,6 +124,7 @@ export class VhostUserDevice {
     connection: FrontendConnection,
     negotiated: Negotiated,
     options: VhostUserDeviceOptions,
+    makeDriver: (ram: GuestRam, options: QueueDriverOptions) => Driver,
   ) {
     const queueCount = options.queueCount ?? 1;
     if (queueCount > negotiated.maxQueueCount) {
@@ -128,15 +138,14 @@ export class VhostUserDevice {
     this.protocolFeatures = negotiated.protocolFeatures;
     this.maxQueueCount = negotiated.maxQueueCount;
     this.#acksAll = options.acksAll ?? false;
-    this.#bases = new Array(queueCount).fill(0);
     this.#ownsRam = options.ram === undefined;
     this.ram = options.ram ??
       new GuestRam(options.regions ?? [{ size: options.ramSize ?? 64 << 20 }]);
-    const queues: SplitDriver[] = this.queues = [];
+    const queues: Driver[] = this.queues = [];
     try {
       for (let index = 0; index < queueCount; index++) {
         queues.push(
-          new SplitDriver(this.ram, {
+          makeDriver(this.ram, {
             queueSize: options.queueSize ?? 128,
             features: this.features,
             usesCalls: options.usesCalls,
@@ -147,11 +156,21 @@ export class VhostUserDevice {
       this.#free();
       throw error;
     }
+    this.#bases = queues.map(({ firstBase }) => firstBase);
     connection.onBackendRequest = (message) => this.#backendRequest(message);
   }
 
   /** Connects and negotiates; starts all queues unless told otherwise. */
-  static async open(options: VhostUserDeviceOptions): Promise<VhostUserDevice> {
+  static open(
+    options: VhostUserDeviceOptions & { readonly packed: true },
+  ): Promise<VhostUserDevice<PackedDriver>>;
+  static open(
+    options: VhostUserDeviceOptions & RingFormatOptions,
+  ): Promise<VhostUserDevice<QueueDriver>>;
+  static open(options: VhostUserDeviceOptions): Promise<VhostUserDevice>;
+  static async open(
+    options: VhostUserDeviceOptions & Partial<RingFormatOptions>,
+  ): Promise<VhostUserDevice<QueueDriver>> {
     if ((options.path === undefined) === (options.fd === undefined)) {
       throw new Vhost2Error(
         "OPTION",
@@ -161,10 +180,17 @@ export class VhostUserDevice {
     const connection = options.path === undefined
       ? FrontendConnection.fromFd(options.fd!)
       : await FrontendConnection.connect(options.path);
-    let device: VhostUserDevice | undefined;
+    let device: VhostUserDevice<QueueDriver> | undefined;
     try {
       const negotiated = await negotiate(connection, options);
-      device = new VhostUserDevice(connection, negotiated, options);
+      const isPacked = options.packed ?? false;
+      device = new VhostUserDevice<QueueDriver>(
+        connection,
+        negotiated,
+        options,
+        (ram, of) =>
+          isPacked ? new PackedDriver(ram, of) : new SplitDriver(ram, of),
+      );
       await device.#prepare();
       if (options.start ?? true) await device.start();
       return device;
@@ -333,7 +359,7 @@ export class VhostUserDevice {
     }
     this.queues.forEach((driver, index) => {
       driver.reset();
-      this.#bases[index] = 0;
+      this.#bases[index] = driver.firstBase;
     });
   }
 
@@ -391,10 +417,19 @@ interface Negotiated {
 
 async function negotiate(
   connection: FrontendConnection,
-  options: VhostUserDeviceOptions,
+  options: VhostUserDeviceOptions & Partial<RingFormatOptions>,
 ): Promise<Negotiated> {
   const offered = await connection.getFeatures();
-  const features = offered & (options.features ?? supportedFeatures);
+  const packed = featureMask(VirtioFeature.RING_PACKED);
+  if (options.packed && (offered & packed) === 0n) {
+    throw new Vhost2Error(
+      "OPTION",
+      "Cannot use packed rings: the device does not offer RING_PACKED",
+    );
+  }
+  const features = offered &
+    ((options.features ?? supportedFeatures) & ~packed |
+      (options.packed ? packed : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
     protocolFeatures = await connection.getProtocolFeatures() &

@@ -13,7 +13,20 @@ export * from "./device.ts";
 
 // Its parts: memory, the driver's side of a ring, messages.
 export * from "./guest_ram.ts";
+export {
+  type ChainOptions,
+  type DriverAddresses,
+  type DriverCompletion,
+  type DriverRequest,
+  type GuestBuffer,
+  type IndirectTable,
+  QueueDriver,
+  type QueueDriverOptions,
+  type RingLayout,
+  type UsedElement,
+} from "./queue_driver.ts";
 export * from "./split_driver.ts";
+export * from "./packed_driver.ts";
 export {
   AVAILABLE_FLAG_NO_INTERRUPT,
   type Descriptor,
@@ -21,8 +34,14 @@ export {
   type SplitAddresses,
   SplitLayout,
   USED_FLAG_NO_NOTIFY,
-  type UsedElement,
 } from "./split_layout.ts";
+export {
+  EventFlag,
+  type EventSuppression,
+  type PackedDescriptor,
+  PackedFlag,
+  PackedLayout,
+} from "./packed_layout.ts";
 export * from "./connection.ts";
 export * from "./message_socket.ts";
 export type {

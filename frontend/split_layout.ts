@@ -11,8 +11,8 @@
  */
 
 import { Vhost2Error } from "../ffi/errors.ts";
-import type { Gpa } from "../protocol/address.ts";
 import type { GuestRam } from "./guest_ram.ts";
+import type { DriverAddresses, UsedElement } from "./queue_driver.ts";
 
 /** Flags of a descriptor. */
 export const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
@@ -35,19 +35,8 @@ export interface Descriptor {
   readonly next: number;
 }
 
-/** An element of the used ring. */
-export interface UsedElement {
-  readonly id: number;
-  /** Bytes that the device says it wrote. */
-  readonly length: number;
-}
-
 /** Guest addresses of the three parts. */
-export interface SplitAddresses {
-  readonly descriptor: Gpa;
-  readonly available: Gpa;
-  readonly used: Gpa;
-}
+export type SplitAddresses = DriverAddresses;
 
 /** Bytes of each part, for a queue of `queueSize` descriptors. */
 export function splitSizes(queueSize: number) {

@@ -246,30 +246,58 @@ inline fn copyFromGuest(to: [*]u8, from: [*]const u8, length: u32) void {
     }
 }
 
-/// Adds the buffers of an indirect table. It may lie at any address (2.7.7.2
-/// asks for no alignment) and across regions.
+/// Adds the buffers of an indirect table of a split ring.
 pub fn addIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!void {
-    const count = length / descriptor_size;
-    if (count == 0 or length % descriptor_size != 0 or count > @max(queue_size, indirect_limit_minimum)) {
-        return batch.breach(layout.broken_indirect_size, length);
-    }
-    // `next` may lead there without a look at what lies between.
-    if (address > std.math.maxInt(u64) - @as(u64, length - 1)) return batch.breach(layout.broken_unmapped, address);
-    const piece = try batch.piece(address, length);
+    const table = try Table.init(batch, address, length, queue_size);
     var index: u32 = 0;
-    for (0..count) |_| {
-        const descriptor = if (piece.length == length)
-            Descriptor.loadUnaligned(@ptrCast(piece.pointer + @as(usize, index) * descriptor_size))
-        else
-            try gather(batch, address + @as(u64, index) * descriptor_size);
+    for (0..table.count) |_| {
+        const descriptor = try table.load(batch, index);
         if (descriptor.flags & flag_indirect != 0) return batch.breach(layout.broken_indirect_nested, index);
         try batch.add(descriptor, index);
         if (descriptor.flags & flag_next == 0) return;
-        if (descriptor.next >= count) return batch.breach(layout.broken_next, descriptor.next);
+        if (descriptor.next >= table.count) return batch.breach(layout.broken_next, descriptor.next);
         index = descriptor.next;
     }
-    return batch.breach(layout.broken_loop, count);
+    return batch.breach(layout.broken_loop, table.count);
 }
+
+/// The same of a packed ring, whose descriptors are used in their order and up
+/// to the last; all flags but WRITE, and the id, mean nothing there (2.8.7).
+pub fn addOrderedIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!void {
+    const table = try Table.init(batch, address, length, queue_size);
+    for (0..table.count) |index| {
+        var descriptor = try table.load(batch, @intCast(index));
+        // The flags of a packed ring's descriptor come last.
+        descriptor.flags = descriptor.next;
+        try batch.add(descriptor, @intCast(index));
+    }
+}
+
+/// An indirect table. It may lie at any address (2.7.7.2 asks for no
+/// alignment) and across regions.
+const Table = struct {
+    address: u64,
+    count: u32,
+    /// The whole table, where it is in one piece.
+    pointer: ?[*]const u8,
+
+    inline fn init(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!Table {
+        const count = length / descriptor_size;
+        if (count == 0 or length % descriptor_size != 0 or count > @max(queue_size, indirect_limit_minimum)) {
+            return batch.breach(layout.broken_indirect_size, length);
+        }
+        // `next` may lead there without a look at what lies between.
+        if (address > std.math.maxInt(u64) - @as(u64, length - 1)) return batch.breach(layout.broken_unmapped, address);
+        const piece = try batch.piece(address, length);
+        return .{ .address = address, .count = count, .pointer = if (piece.length == length) piece.pointer else null };
+    }
+
+    inline fn load(self: *const Table, batch: *Batch, index: u32) Error!Descriptor {
+        const offset = @as(usize, index) * descriptor_size;
+        if (self.pointer) |pointer| return .loadUnaligned(@ptrCast(pointer + offset));
+        return gather(batch, self.address + offset);
+    }
+};
 
 /// A descriptor whose table is not in one piece.
 fn gather(batch: *Batch, address: u64) Error!Descriptor {

@@ -6,6 +6,7 @@ const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const memory = @import("../memory/memory.zig");
 const chain = @import("chain.zig");
+const rings = @import("ring.zig");
 const split = @import("split.zig");
 const sys = linux.linux;
 const expect = std.testing.expect;
@@ -20,6 +21,7 @@ pub const next = chain.flag_next;
 pub const indirect = chain.flag_indirect;
 pub const feature_indirect: u64 = 1 << 28;
 pub const feature_event_idx: u64 = 1 << 29;
+pub const feature_packed: u64 = 1 << 34;
 pub const feature_in_order: u64 = 1 << 35;
 
 pub const Options = struct {
@@ -76,11 +78,13 @@ pub const Guest = struct {
         try expect(memory.prepare(self.memory, layout.prepare_replace, &requests, 2, &result) >= 0);
         var retired: [8]u32 = undefined;
         try expect(memory.commit(self.memory, &retired, retired.len) >= 0);
-        self.put(u16, used + 2, options.used_index);
-        self.put(u16, available + 2, self.offered);
+        if (options.features & feature_packed == 0) {
+            self.put(u16, used + 2, options.used_index);
+            self.put(u16, available + 2, self.offered);
+        }
         const config = self.ringConfig();
         var reason: u32 = undefined;
-        const ring = split.create(self.memory, &config, &reason);
+        const ring = rings.create(self.memory, &config, &reason);
         try expect(ring > 0);
         self.ring = @intCast(ring);
         return self;
@@ -102,7 +106,7 @@ pub const Guest = struct {
     }
 
     pub fn stop(self: *Guest) void {
-        _ = split.destroy(self.ring);
+        _ = rings.destroy(self.ring);
         closeMemory(self.memory);
         for (self.fds, self.bytes) |fd, bytes| {
             _ = sys.munmap(bytes, region_size);
@@ -147,7 +151,7 @@ pub const Guest = struct {
 
     pub fn pop(self: *Guest) i32 {
         const words = self.options.batch_max * self.stride() + self.options.segments * 4;
-        return split.pop(self.ring, &self.words, words, self.options.batch_max);
+        return rings.pop(self.ring, &self.words, words, self.options.batch_max);
     }
 
     pub fn stride(self: *Guest) u32 {
@@ -187,7 +191,7 @@ pub const Guest = struct {
     pub fn push(self: *Guest, heads: []const u32) i32 {
         var completions: [64]layout.Completion = undefined;
         for (heads, completions[0..heads.len]) |head, *completion| completion.* = .{ .head = head, .written = head +% 100 };
-        return split.push(self.ring, &completions, @intCast(heads.len));
+        return rings.push(self.ring, &completions, @intCast(heads.len));
     }
 
     pub fn usedIndex(self: *Guest) u16 {
@@ -205,7 +209,7 @@ pub const Guest = struct {
 
     pub fn state(self: *Guest) layout.RingState {
         var out: layout.RingState = undefined;
-        std.debug.assert(split.state(self.ring, &out) == 0);
+        std.debug.assert(rings.state(self.ring, &out) == 0);
         return out;
     }
 
@@ -217,8 +221,8 @@ pub const Guest = struct {
         const before = self.usedIndex();
         try expectEqual(linux.fail(.PROTO), self.pop());
         try expectEqual(linux.fail(.PROTO), self.push(&.{0}));
-        try expectEqual(linux.fail(.PROTO), split.arm(self.ring));
-        try expectEqual(linux.fail(.PROTO), split.disarm(self.ring));
+        try expectEqual(linux.fail(.PROTO), rings.arm(self.ring));
+        try expectEqual(linux.fail(.PROTO), rings.disarm(self.ring));
         try expectEqual(before, self.usedIndex());
     }
 };

@@ -5,7 +5,7 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const memory = @import("../memory/memory.zig");
-const split = @import("split.zig");
+const rings = @import("ring.zig");
 const fake_guest = @import("fake_guest.zig");
 const Guest = fake_guest.Guest;
 const link = fake_guest.link;
@@ -112,8 +112,8 @@ test "memory that is gone stops the ring" {
     try expectEqual(linux.fail(.FAULT), guest.pop());
     try expectEqual(layout.broken_memory, guest.state().broken);
     try expectEqual(linux.fail(.FAULT), guest.push(&.{0}));
-    try expectEqual(linux.fail(.FAULT), split.arm(guest.ring));
-    try expectEqual(linux.fail(.FAULT), split.disarm(guest.ring));
+    try expectEqual(linux.fail(.FAULT), rings.arm(guest.ring));
+    try expectEqual(linux.fail(.FAULT), rings.disarm(guest.ring));
 }
 
 test "the areas stay mapped as long as the ring lives" {
@@ -136,25 +136,24 @@ test "a ring that is not whole, aligned and of a legal size is refused" {
     const guest = try Guest.start(.{});
     defer guest.stop();
     const end = high + uva_offset;
-    const Case = struct { field: enum { size, descriptors, available, used, header, trailer, space, features }, value: u64, errno: linux.E, reason: u32 };
+    const Case = struct { field: enum { size, descriptors, available, used, header, trailer, space }, value: u64, errno: linux.E, reason: u32 };
     const cases = [_]Case{
-        .{ .field = .size, .value = 0, .errno = .INVAL, .reason = split.refuse_size },
-        .{ .field = .size, .value = 12, .errno = .INVAL, .reason = split.refuse_size },
-        .{ .field = .size, .value = 65536, .errno = .INVAL, .reason = split.refuse_size },
-        .{ .field = .size, .value = 0x8000_0000, .errno = .INVAL, .reason = split.refuse_size },
-        .{ .field = .descriptors, .value = low + uva_offset + 8, .errno = .INVAL, .reason = split.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = low, .errno = .FAULT, .reason = split.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = end - 8 * 16 + 16, .errno = .FAULT, .reason = split.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = std.math.maxInt(u64) - 15, .errno = .FAULT, .reason = split.refuse_descriptor_area },
-        .{ .field = .available, .value = low + uva_offset + 1, .errno = .INVAL, .reason = split.refuse_available_area },
+        .{ .field = .size, .value = 0, .errno = .INVAL, .reason = rings.refuse_size },
+        .{ .field = .size, .value = 12, .errno = .INVAL, .reason = rings.refuse_size },
+        .{ .field = .size, .value = 65536, .errno = .INVAL, .reason = rings.refuse_size },
+        .{ .field = .size, .value = 0x8000_0000, .errno = .INVAL, .reason = rings.refuse_size },
+        .{ .field = .descriptors, .value = low + uva_offset + 8, .errno = .INVAL, .reason = rings.refuse_descriptor_area },
+        .{ .field = .descriptors, .value = low, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
+        .{ .field = .descriptors, .value = end - 8 * 16 + 16, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
+        .{ .field = .descriptors, .value = std.math.maxInt(u64) - 15, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
+        .{ .field = .available, .value = low + uva_offset + 1, .errno = .INVAL, .reason = rings.refuse_available_area },
         // Only the event field is over the border.
-        .{ .field = .available, .value = end - 20, .errno = .FAULT, .reason = split.refuse_available_area },
-        .{ .field = .used, .value = low + uva_offset + 2, .errno = .INVAL, .reason = split.refuse_used_area },
-        .{ .field = .used, .value = end - 68, .errno = .FAULT, .reason = split.refuse_used_area },
-        .{ .field = .header, .value = 257, .errno = .INVAL, .reason = split.refuse_config },
-        .{ .field = .trailer, .value = 2, .errno = .INVAL, .reason = split.refuse_config },
-        .{ .field = .space, .value = 2, .errno = .INVAL, .reason = split.refuse_config },
-        .{ .field = .features, .value = 1 << 34, .errno = .INVAL, .reason = split.refuse_config },
+        .{ .field = .available, .value = end - 20, .errno = .FAULT, .reason = rings.refuse_available_area },
+        .{ .field = .used, .value = low + uva_offset + 2, .errno = .INVAL, .reason = rings.refuse_used_area },
+        .{ .field = .used, .value = end - 68, .errno = .FAULT, .reason = rings.refuse_used_area },
+        .{ .field = .header, .value = 257, .errno = .INVAL, .reason = rings.refuse_config },
+        .{ .field = .trailer, .value = 2, .errno = .INVAL, .reason = rings.refuse_config },
+        .{ .field = .space, .value = 2, .errno = .INVAL, .reason = rings.refuse_config },
     };
     for (cases) |case| {
         var config = guest.ringConfig();
@@ -166,22 +165,21 @@ test "a ring that is not whole, aligned and of a legal size is refused" {
             .header => config.header_bytes = @intCast(case.value),
             .trailer => config.trailer_bytes = @intCast(case.value),
             .space => config.space = @intCast(case.value),
-            .features => config.features = case.value,
         }
         var reason: u32 = undefined;
-        try expectEqual(linux.fail(case.errno), split.create(guest.memory, &config, &reason));
+        try expectEqual(linux.fail(case.errno), rings.create(guest.memory, &config, &reason));
         try expectEqual(case.reason, reason);
     }
     var config = guest.ringConfig();
     var reason: u32 = undefined;
-    try expectEqual(linux.fail(.BADF), split.create(0, &config, &reason));
+    try expectEqual(linux.fail(.BADF), rings.create(0, &config, &reason));
     config.available_address = end - 22;
     config.used_address = end - 70 - 26 - 4;
-    const ring = split.create(guest.memory, &config, &reason);
+    const ring = rings.create(guest.memory, &config, &reason);
     try expect(ring > 0);
-    try expectEqual(0, split.destroy(@intCast(ring)));
-    try expectEqual(linux.fail(.BADF), split.destroy(@intCast(ring)));
-    try expectEqual(linux.fail(.BADF), split.pop(@intCast(ring), &guest.words, 100, 1));
+    try expectEqual(0, rings.destroy(@intCast(ring)));
+    try expectEqual(linux.fail(.BADF), rings.destroy(@intCast(ring)));
+    try expectEqual(linux.fail(.BADF), rings.pop(@intCast(ring), &guest.words, 100, 1));
 }
 
 test "random rings agree with a model of them" {

@@ -7,6 +7,7 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const sync = @import("../sync.zig");
+const rings = @import("ring.zig");
 const split = @import("split.zig");
 const chain = @import("chain.zig");
 const latency = @import("latency.zig");
@@ -101,7 +102,7 @@ const Driver = struct {
         const size = config.queue_size;
         const per_request = config.segment_count +| 2;
         const has_indirect = has(config, 28);
-        if (@popCount(size) != 1 or size > split.size_maximum or config.segment_count == 0) return null;
+        if (@popCount(size) != 1 or size > rings.size_maximum or config.segment_count == 0) return null;
         if (config.depth == 0 or config.depth > size / @as(u64, if (has_indirect) 1 else per_request)) return null;
         if (has_indirect and per_request > chain.indirect_limit_minimum) return null;
         if (config.request_bytes == 0 or config.request_bytes % sector_size != 0 or config.request_bytes < config.segment_count) return null;

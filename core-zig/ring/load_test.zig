@@ -5,7 +5,7 @@ const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const sync = @import("../sync.zig");
 const memory = @import("../memory/memory.zig");
-const split = @import("split.zig");
+const rings = @import("ring.zig");
 const load = @import("load.zig");
 const closeMemory = @import("fake_guest.zig").closeMemory;
 const sys = linux.linux;
@@ -60,7 +60,7 @@ const Disk = struct {
             .flags = 0,
         };
         var reason: u32 = 0;
-        const ring = split.create(handle, &config, &reason);
+        const ring = rings.create(handle, &config, &reason);
         try expect(ring > 0);
         self.* = .{
             .fd = fd,
@@ -80,7 +80,7 @@ const Disk = struct {
         self.stopping.store(true, .release);
         signal(self.kick);
         self.thread.?.join();
-        _ = split.destroy(self.ring);
+        _ = rings.destroy(self.ring);
         closeMemory(self.memory);
         _ = sys.munmap(self.bytes, memory_size);
         for ([_]i32{ self.fd, self.kick, self.call }) |fd| linux.closeQuietly(fd);
@@ -95,14 +95,14 @@ const Disk = struct {
     fn serve(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
         const self: *Disk = @ptrCast(@alignCast(argument.?));
         while (!self.stopping.load(.acquire)) {
-            _ = split.disarm(self.ring);
+            _ = rings.disarm(self.ring);
             while (true) {
-                const count = if (self.fault == .silent) 0 else split.pop(self.ring, &self.words, self.words.len, batch_max);
+                const count = if (self.fault == .silent) 0 else rings.pop(self.ring, &self.words, self.words.len, batch_max);
                 if (count > 0) {
                     self.answer(@intCast(count));
                     continue;
                 }
-                if (count < 0 or split.arm(self.ring) != 1 or self.fault == .silent) break;
+                if (count < 0 or rings.arm(self.ring) != 1 or self.fault == .silent) break;
             }
             var poll = [1]sys.pollfd{.{ .fd = self.kick, .events = sys.POLL.IN, .revents = 0 }};
             _ = sys.poll(&poll, 1, 10_000);
@@ -140,7 +140,7 @@ const Disk = struct {
             self.bytes[0x2002] = 1;
             return;
         }
-        if (split.push(self.ring, &done, count) == 1) signal(self.call);
+        if (rings.push(self.ring, &done, count) == 1) signal(self.call);
     }
 
     fn bytesAt(self: *Disk, view: u32, offset: u32, length: u32) []u8 {
@@ -223,7 +223,7 @@ test "a run ends after its duration with nothing outstanding" {
     try expect(result.requests > 0);
     try expectEqual(0, result.p50_ns);
     var state: layout.RingState = undefined;
-    _ = split.state(disk.ring, &state);
+    _ = rings.state(disk.ring, &state);
     try expectEqual(0, state.in_flight);
     try expectEqual(result.requests, state.pushed);
 }

@@ -3,6 +3,7 @@
 const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
+const rings = @import("ring.zig");
 const split = @import("split.zig");
 const fake_guest = @import("fake_guest.zig");
 const Guest = fake_guest.Guest;
@@ -265,15 +266,15 @@ test "arming tells the driver and finds what came before it knew" {
         defer guest.stop();
         const event = Guest.used + 4 + 8 * 8;
         _ = link(guest, 0, Guest.buffers, &.{.{ 1, 0 }});
-        try expectEqual(0, split.disarm(guest.ring));
+        try expectEqual(0, rings.disarm(guest.ring));
         try expectEqual(if (features == 0) split.flag_no_notify else 0, guest.get(u16, Guest.used));
-        try expectEqual(0, split.arm(guest.ring));
+        try expectEqual(0, rings.arm(guest.ring));
         try expectEqual(0, guest.get(u16, Guest.used));
         if (features != 0) try expectEqual(0xffff, guest.get(u16, event));
         guest.offer(0);
-        try expectEqual(1, split.arm(guest.ring));
+        try expectEqual(1, rings.arm(guest.ring));
         try expectEqual(1, guest.pop());
-        try expectEqual(0, split.arm(guest.ring));
+        try expectEqual(0, rings.arm(guest.ring));
         if (features != 0) try expectEqual(0, guest.get(u16, event));
     }
 }
@@ -288,13 +289,13 @@ test "what does not fit in a batch waits for the next" {
     for ([_]u16{ 0, 3, 6, 7 }) |head| guest.offer(head);
     try expectEqual(1, guest.pop());
     try expectEqual(0, guest.record(0).head);
-    try expectEqual(1, split.arm(guest.ring));
+    try expectEqual(1, rings.arm(guest.ring));
     try expectEqual(3, guest.pop());
     try expectEqual(3, guest.record(0).head);
     try expectEqual(3, guest.record(1).segment_first);
     try expectEqual(7, guest.record(2).head);
     try expectEqual(0, guest.pop());
-    try expectEqual(linux.fail(.INVAL), split.pop(guest.ring, &guest.words, 35, 3));
-    try expectEqual(linux.fail(.INVAL), split.pop(guest.ring, &guest.words, 8192, 0xffff_ffff));
+    try expectEqual(linux.fail(.INVAL), rings.pop(guest.ring, &guest.words, 35, 3));
+    try expectEqual(linux.fail(.INVAL), rings.pop(guest.ring, &guest.words, 8192, 0xffff_ffff));
     try expectEqual(4, guest.state().in_flight);
 }

@@ -178,7 +178,7 @@ daemonTest(
       assert.equal(device.queues[0].inFlight, 1);
       await device.startQueue(0);
       assert.equal((await held).length, 512);
-      assert.equal(device.queues[0].usedIndex, 6);
+      assert.equal(device.queues[0].usedCount, 6);
     } finally {
       await disk.close();
     }

@@ -29,6 +29,8 @@ export interface GuestDisk {
   numQueues?: number;
   /** Seconds after which QEMU connects again when the back-end goes away. */
   reconnectSeconds?: number;
+  /** Offers the guest packed rings. */
+  packed?: boolean;
   /** The place in the firmware's boot order. */
   bootIndex?: number;
 }
@@ -392,6 +394,7 @@ function deviceProperties(disk: GuestDisk): Record<string, unknown> {
     id: disk.id,
     chardev: `${disk.id}-socket`,
     "num-queues": disk.numQueues ?? 1,
+    ...(disk.packed ? { packed: true } : {}),
     ...(disk.bootIndex === undefined ? {} : { bootindex: disk.bootIndex }),
   };
 }

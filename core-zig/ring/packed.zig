@@ -1,0 +1,245 @@
+//! The packed virtqueue (virtio 1.3, 2.8), device side. One ring of descriptors
+//! for both directions: the driver makes a chain available by writing its
+//! descriptors one behind the other, the flags of the first one last; we give
+//! it back by overwriting a descriptor, at a position of our own, with its
+//! buffer id and length, and skip as many as the chain had. Each side has a
+//! wrap counter, a bit that flips whenever its position passes the end of the
+//! ring; the AVAIL and USED flags of a descriptor say by it in which lap they
+//! were written.
+//!
+//! Each side has a structure in which it says when to be told: always, never,
+//! or (EVENT_IDX) when a position and wrap counter is passed. As in the split
+//! ring, whoever publishes a descriptor and then reads the other's wish, or
+//! writes a wish and then looks at a descriptor again, needs a full barrier
+//! between the two: a seq_cst store and a seq_cst load.
+
+const std = @import("std");
+const layout = @import("../layout.zig");
+const sync = @import("../sync.zig");
+const chain = @import("chain.zig");
+const isWanted = @import("split.zig").isWanted;
+const Ring = @import("ring.zig").Ring;
+
+/// Further flags of a descriptor, and where each field is in its second word.
+pub const flag_available: u16 = 1 << 7;
+pub const flag_used: u16 = 1 << 15;
+const id_shift = 32;
+const flags_shift = 48;
+
+/// Event suppression (2.8.10), one word: position and wrap counter, then flags.
+pub const event_enable: u32 = 0 << 16;
+pub const event_disable: u32 = 1 << 16;
+pub const event_descriptor: u32 = 2 << 16;
+const event_flags: u32 = 3 << 16;
+
+pub fn areaLengths(size: u32) [3]u32 {
+    return .{ chain.descriptor_size * size, 4, 4 };
+}
+pub const alignments = [3]u32{ 16, 4, 4 };
+
+/// A place in the ring and the wrap counter there, as event suppression and
+/// SET_VRING_BASE carry it: 15 bits and one.
+pub const Position = packed struct(u16) {
+    slot: u15,
+    wrap: bool,
+
+    /// `count` descriptors further, which are at most `size`.
+    pub inline fn after(self: Position, count: u32, size: u32) Position {
+        const slot = self.slot + count;
+        if (slot < size) return .{ .slot = @intCast(slot), .wrap = self.wrap };
+        return .{ .slot = @intCast(slot - size), .wrap = !self.wrap };
+    }
+
+    pub inline fn bits(self: Position) u16 {
+        return @bitCast(self);
+    }
+
+    /// AVAIL and USED as the driver sets them here.
+    pub inline fn availableFlags(self: Position) u16 {
+        return if (self.wrap) flag_available else flag_used;
+    }
+
+    /// As the device sets them here.
+    pub inline fn usedFlags(self: Position) u16 {
+        return if (self.wrap) flag_available | flag_used else 0;
+    }
+};
+
+/// Whether the side that wrote `event` wants to be told of the step from `old`
+/// to `new`, which is not longer than the ring.
+pub inline fn isPassed(event: Position, new: Position, old: Position, size: u32) bool {
+    // All counted from the start of the lap in which `new` is.
+    const length: u16 = @intCast(size);
+    const start = if (old.wrap == new.wrap) old.slot else @as(u16, old.slot) -% length;
+    const at = if (event.wrap == new.wrap) event.slot else @as(u16, event.slot) -% length;
+    return isWanted(at, new.slot, start);
+}
+
+/// Whether both positions of a base (available, then used) are in the ring.
+pub fn isBase(value: u32, size: u32) bool {
+    return value & 0x7fff < size and value >> 16 & 0x7fff < size;
+}
+
+/// What a ring has of this format. The pointers are into guest memory.
+pub const Packed = struct {
+    descriptors: [*]align(16) [2]u64,
+    driver_event: *const u32,
+    device_event: *u32,
+    /// Where the driver's next chain will be, and our next used descriptor.
+    available: Position,
+    used: Position,
+    /// Descriptors of the requests in flight.
+    outstanding: u32 = 0,
+    /// Per buffer id in flight: descriptors of its chain.
+    lengths: []u16 = &.{},
+    /// The first used descriptor of a push is written last, so that the driver
+    /// sees none or all of them.
+    has_first: bool = false,
+    first_slot: u16 = undefined,
+    first_word: u64 = undefined,
+    is_disarmed: bool = false,
+
+    pub fn init(pointers: [3][*]u8, start: u32) Packed {
+        return .{
+            .descriptors = @ptrCast(@alignCast(pointers[0])),
+            .driver_event = @ptrCast(@alignCast(pointers[1])),
+            .device_event = @ptrCast(@alignCast(pointers[2])),
+            .available = @bitCast(@as(u16, @truncate(start))),
+            .used = @bitCast(@as(u16, @truncate(start >> 16))),
+        };
+    }
+
+    pub fn allocate(self: *Packed, size: u32) bool {
+        self.lengths = sync.allocator.alloc(u16, size) catch return false;
+        return true;
+    }
+
+    pub fn release(self: *Packed) void {
+        sync.allocator.free(self.lengths);
+    }
+
+    /// As SET_VRING_BASE carries it: position and wrap counter of what is
+    /// available, then of what is used.
+    pub fn base(self: *const Packed) u32 {
+        return self.available.bits() | @as(u32, self.used.bits()) << 16;
+    }
+    pub inline fn position(self: *const Packed) Position {
+        return self.available;
+    }
+    pub fn rewind(self: *Packed, to: Position) void {
+        self.available = to;
+    }
+    pub inline fn usedPosition(self: *const Packed) u16 {
+        return self.used.bits();
+    }
+
+    /// The second word of a descriptor, if the driver has made it available.
+    inline fn availableAt(self: *const Packed, at: Position, comptime order: std.builtin.AtomicOrder) ?u64 {
+        // One read for length, id and flags: the driver writes the flags last.
+        const word = @atomicLoad(u64, &self.descriptors[at.slot][1], order);
+        const flags: u16 = @truncate(word >> flags_shift);
+        return if (flags & (flag_available | flag_used) == at.availableFlags()) word else null;
+    }
+
+    /// Pops into the batch until it is full, the ring empty or a rule broken.
+    pub inline fn take(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+        for (0..max) |_| {
+            // Acquire: pairs with the driver's barrier before it stores the
+            // flags of a chain's first descriptor; all else is read after it.
+            const word = self.availableAt(self.available, .acquire) orelse return;
+            const left = ring.size - self.outstanding;
+            if (left == 0) return batch.breach(layout.broken_available_index, self.available.slot);
+            batch.begin();
+            var id: u32 = undefined;
+            const count = try self.walk(ring, batch, word, left, &id);
+            try ring.requireFree(batch, id);
+            try batch.finish(id, @truncate(ring.popped));
+            ring.own(id);
+            self.lengths[id] = @intCast(count);
+            self.outstanding += count;
+            self.available = self.available.after(count, ring.size);
+        }
+    }
+
+    /// Returns how many descriptors the chain has: at most `limit`.
+    inline fn walk(self: *Packed, ring: *const Ring, batch: *chain.Batch, first: u64, limit: u32, id_out: *u32) chain.Error!u32 {
+        var slot: u32 = self.available.slot;
+        var word = first;
+        var count: u32 = 1;
+        while (true) : (count += 1) {
+            const address = @atomicLoad(u64, &self.descriptors[slot][0], .monotonic);
+            const flags: u16 = @truncate(word >> flags_shift);
+            // It is the last one's that counts.
+            id_out.* = @as(u16, @truncate(word >> id_shift));
+            if (flags & chain.flag_indirect != 0) {
+                // A table is the whole chain (2.8.7).
+                if (!ring.has_indirect or flags & chain.flag_next != 0 or count != 1) {
+                    return batch.breach(layout.broken_indirect_refused, slot);
+                }
+                try chain.addOrderedIndirect(batch, address, @truncate(word), ring.size);
+                return count;
+            }
+            try batch.add(.{ .address = address, .length = @truncate(word), .flags = flags, .next = 0 }, slot);
+            if (flags & chain.flag_next == 0) return count;
+            if (count == limit) return batch.breach(layout.broken_loop, limit);
+            slot = if (slot + 1 == ring.size) 0 else slot + 1;
+            word = @atomicLoad(u64, &self.descriptors[slot][1], .monotonic);
+        }
+    }
+
+    /// Writes a used descriptor; `announce` makes it visible.
+    pub inline fn publish(self: *Packed, ring: *const Ring, id: u32, written: u32) void {
+        const flags = self.used.usedFlags() | if (written != 0) chain.flag_write else 0;
+        const word = @as(u64, flags) << flags_shift | @as(u64, id) << id_shift | written;
+        if (self.has_first) {
+            @atomicStore(u64, &self.descriptors[self.used.slot][1], word, .monotonic);
+        } else {
+            self.has_first = true;
+            self.first_slot = self.used.slot;
+            self.first_word = word;
+        }
+        const count = self.lengths[id];
+        self.outstanding -= count;
+        self.used = self.used.after(count, ring.size);
+    }
+
+    /// Whether anything was published.
+    pub inline fn announce(self: *Packed, _: u16) bool {
+        if (!self.has_first) return false;
+        self.has_first = false;
+        // Release: the other used descriptors, and the data behind all of them,
+        // before this one; pairs with the driver's barrier after it reads the
+        // flags. Full: before the driver's wish is read; pairs with its barrier
+        // between writing that and looking at the flags again.
+        @atomicStore(u64, &self.descriptors[self.first_slot][1], self.first_word, .seq_cst);
+        return true;
+    }
+
+    pub inline fn wantsCall(self: *Packed, ring: *const Ring, old: u16) bool {
+        const wish = @atomicLoad(u32, self.driver_event, .seq_cst);
+        return switch (wish & event_flags) {
+            event_disable => false,
+            event_descriptor => !ring.has_event_idx or
+                isPassed(@bitCast(@as(u16, @truncate(wish))), self.used, @bitCast(old), ring.size),
+            else => true,
+        };
+    }
+
+    /// Whether there is more to pop already.
+    pub inline fn arm(self: *Packed, ring: *const Ring) bool {
+        const wish = if (ring.has_event_idx) event_descriptor | self.available.bits() else event_enable;
+        self.is_disarmed = false;
+        // Full: the wish before the flags are read; pairs with the driver's
+        // barrier between storing those and reading the wish.
+        @atomicStore(u32, self.device_event, wish, .seq_cst);
+        return self.availableAt(self.available, .seq_cst) != null;
+    }
+
+    /// Unlike the split ring's, an event that has passed comes again two laps
+    /// later.
+    pub inline fn disarm(self: *Packed, _: *const Ring) void {
+        if (self.is_disarmed) return;
+        self.is_disarmed = true;
+        @atomicStore(u32, self.device_event, event_disable, .monotonic);
+    }
+};

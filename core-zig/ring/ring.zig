@@ -1,0 +1,355 @@
+//! A virtqueue, device side: the exported functions, and what the split ring
+//! (split.zig) and the packed ring (packed.zig) share: the checks at the start,
+//! batches, and who has which request.
+//!
+//! Rings of one memory may be used from different threads, a single ring only
+//! by one thread at a time.
+
+const std = @import("std");
+const layout = @import("../layout.zig");
+const linux = @import("../linux.zig");
+const sync = @import("../sync.zig");
+const memory = @import("../memory/memory.zig");
+const chain = @import("chain.zig");
+const split = @import("split.zig");
+const packed_ring = @import("packed.zig");
+const Handles = @import("../handles.zig").Handles;
+
+pub const size_maximum: u32 = 32768;
+pub const header_maximum: u32 = 256;
+pub const trailer_maximum: u32 = 1;
+
+/// Feature bits that change how a ring works.
+const feature_indirect: u6 = 28;
+const feature_event_idx: u6 = 29;
+const feature_packed: u6 = 34;
+const feature_in_order: u6 = 35;
+
+/// What `create` refuses (`reason_out`): -EINVAL says that its value or
+/// alignment is wrong, -EFAULT that it is not whole inside one region.
+pub const refuse_none: u32 = 0;
+pub const refuse_size: u32 = 1;
+pub const refuse_descriptor_area: u32 = 2;
+pub const refuse_available_area: u32 = 3;
+pub const refuse_used_area: u32 = 4;
+/// Another field: features, space, base, header_bytes, trailer_bytes.
+pub const refuse_config: u32 = 5;
+
+pub const HeadState = enum(u8) { free, in_flight, completed };
+
+/// How the two areas behind the descriptors are called follows the split ring;
+/// in a packed ring they are driver and device event suppression.
+pub const areas = 3;
+
+/// What is common to both formats. Each has `take` (pop), `publish` and
+/// `announce` (push), `arm`, `disarm`, `position`, `rewind` and `usedPosition`.
+pub const Ring = struct {
+    format: union(enum) { split: split.Split, packed_ring: packed_ring.Packed },
+    /// Stays valid while we hold views of it, also after its handle is dead.
+    memory: *memory.Memory,
+    size: u32,
+    /// Where the areas are: held until `destroy`.
+    views: [areas]u32,
+    cache: memory.Cache = .{},
+
+    header_bytes: u32,
+    trailer_bytes: u32,
+    has_indirect: bool,
+    has_event_idx: bool,
+    is_in_order: bool,
+    /// Whether the driver was called since the start: until then it may wait
+    /// for a call of which an earlier back-end died.
+    is_called: bool = false,
+
+    in_flight: u32 = 0,
+    broken: u32 = layout.broken_none,
+    broken_value: u64 = 0,
+    popped: u64 = 0,
+    pushed: u64 = 0,
+
+    /// One per head (packed: per buffer id).
+    heads: []HeadState = &.{},
+    /// IN_ORDER only: heads in the order of their pop, `ordered` of them not
+    /// yet published, the oldest at `oldest`; and what was written for
+    /// completed ones.
+    order: []u16 = &.{},
+    written: []u32 = &.{},
+    oldest: u32 = 0,
+    ordered: u32 = 0,
+
+    fn breakWith(self: *Ring, reason: u32, value: u64) i32 {
+        self.broken = reason;
+        self.broken_value = value;
+        return self.failure();
+    }
+
+    fn failure(self: *const Ring) i32 {
+        return linux.fail(if (self.broken == layout.broken_memory) .FAULT else .PROTO);
+    }
+
+    /// Whether the ring may touch guest memory.
+    inline fn isUsable(self: *Ring) bool {
+        if (self.broken != layout.broken_none) return false;
+        if (self.memory.isUsable()) return true;
+        _ = self.breakWith(layout.broken_memory, 0);
+        return false;
+    }
+
+    /// A head that the driver made available.
+    pub inline fn requireFree(self: *const Ring, batch: *chain.Batch, head: u32) chain.Error!void {
+        if (head >= self.size) return batch.breach(layout.broken_head, head);
+        if (self.heads[head] != .free) return batch.breach(layout.broken_head_in_flight, head);
+    }
+
+    /// The request in the batch is complete: it is the device's now.
+    pub inline fn own(self: *Ring, head: u32) void {
+        self.heads[head] = .in_flight;
+        self.popped += 1;
+        if (!self.is_in_order) return;
+        // No more are unpublished than there are heads.
+        const last = self.oldest + self.ordered;
+        self.order[if (last < self.size) last else last - self.size] = @intCast(head);
+        self.ordered += 1;
+    }
+
+    /// Of IN_ORDER completions, those that no older request holds back.
+    fn publishOrdered(self: *Ring, format: anytype) void {
+        while (self.ordered != 0) {
+            const head = self.order[self.oldest];
+            if (self.heads[head] != .completed) return;
+            format.publish(self, head, self.written[head]);
+            self.heads[head] = .free;
+            self.oldest = if (self.oldest + 1 == self.size) 0 else self.oldest + 1;
+            self.ordered -= 1;
+        }
+    }
+};
+
+var rings: Handles(Ring) = .{};
+
+/// Returns the ring's handle.
+pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: *u32) callconv(.c) i32 {
+    reason_out.* = refuse_none;
+    const object = memory.get(memory_handle) orelse return linux.fail(.BADF);
+    const is_packed = has(config.features, feature_packed);
+    const size = config.size;
+    if (size == 0 or size > size_maximum or (!is_packed and @popCount(size) != 1)) {
+        reason_out.* = refuse_size;
+        return linux.fail(.INVAL);
+    }
+    if (config.header_bytes > header_maximum or config.trailer_bytes > trailer_maximum or
+        config.space > layout.space_uva or config.flags != 0 or
+        (is_packed and !packed_ring.isBase(config.base, size)))
+    {
+        reason_out.* = refuse_config;
+        return linux.fail(.INVAL);
+    }
+    const table = object.enter();
+    defer object.leave();
+    if (!object.isUsable()) return linux.fail(.FAULT);
+
+    const addresses = [areas]u64{ config.descriptor_address, config.available_address, config.used_address };
+    const lengths = if (is_packed) packed_ring.areaLengths(size) else split.areaLengths(size);
+    const alignments = if (is_packed) packed_ring.alignments else split.alignments;
+    var pointers: [areas][*]u8 = undefined;
+    var views: [areas]u32 = undefined;
+    var cache: memory.Cache = .{};
+    for (addresses, lengths, alignments, 0..) |address, length, alignment, i| {
+        reason_out.* = refuse_descriptor_area + @as(u32, @intCast(i));
+        if (address % alignment != 0) return linux.fail(.INVAL);
+        pointers[i] = table.whole(config.space, address, length) orelse return linux.fail(.FAULT);
+        // The region itself may be mapped at any offset.
+        if (@intFromPtr(pointers[i]) % alignment != 0) return linux.fail(.INVAL);
+        const piece = table.piece(&cache, config.space, address, length) orelse return linux.fail(.FAULT);
+        views[i] = piece.view;
+    }
+    reason_out.* = refuse_none;
+
+    const ring = sync.allocator.create(Ring) catch return linux.fail(.NOMEM);
+    ring.* = .{
+        .format = if (is_packed)
+            .{ .packed_ring = .init(pointers, config.base) }
+        else
+            .{ .split = .init(pointers, config.base) },
+        .memory = object,
+        .size = size,
+        .views = views,
+        .header_bytes = config.header_bytes,
+        .trailer_bytes = config.trailer_bytes,
+        .has_indirect = has(config.features, feature_indirect),
+        .has_event_idx = has(config.features, feature_event_idx),
+        .is_in_order = has(config.features, feature_in_order),
+    };
+    for (views, 0..) |view, i| {
+        if (object.hold(view)) continue;
+        for (views[0..i]) |held| object.unhold(held);
+        sync.allocator.destroy(ring);
+        return linux.fail(.FAULT);
+    }
+    if (allocate(ring)) {
+        if (rings.insert(ring)) |handle| return @intCast(handle);
+    }
+    release(ring);
+    return linux.fail(.NOMEM);
+}
+
+fn has(features: u64, bit: u6) bool {
+    return features >> bit & 1 != 0;
+}
+
+fn allocate(ring: *Ring) bool {
+    ring.heads = sync.allocator.alloc(HeadState, ring.size) catch return false;
+    @memset(ring.heads, .free);
+    if (ring.is_in_order) {
+        ring.order = sync.allocator.alloc(u16, ring.size) catch return false;
+        ring.written = sync.allocator.alloc(u32, ring.size) catch return false;
+    }
+    return switch (ring.format) {
+        .split => true,
+        .packed_ring => |*format| format.allocate(ring.size),
+    };
+}
+
+fn release(ring: *Ring) void {
+    for (ring.views) |view| ring.memory.unhold(view);
+    sync.allocator.free(ring.heads);
+    sync.allocator.free(ring.order);
+    sync.allocator.free(ring.written);
+    switch (ring.format) {
+        .split => {},
+        .packed_ring => |*format| format.release(),
+    }
+    sync.allocator.destroy(ring);
+}
+
+/// Takes up to `max` available requests into `batch`: record i at word
+/// i * stride, segments from word max * stride on. Returns how many, -EPROTO
+/// when the driver broke the ring, -EFAULT when the memory is gone. A request
+/// whose segments (the trailer's own included) do not fit behind those before
+/// it stays for the next call.
+pub fn pop(handle: u32, words: [*]u32, word_count: u32, max: u32) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    if (!ring.isUsable()) return ring.failure();
+    return switch (ring.format) {
+        inline else => |*format| popFrom(ring, format, words, word_count, max),
+    };
+}
+
+inline fn popFrom(ring: *Ring, format: anytype, words: [*]u32, word_count: u32, max: u32) i32 {
+    const table = ring.memory.enter();
+    defer ring.memory.leave();
+    // Work on a copy: the compiler need not fear that the batch is the cache.
+    var cache = ring.cache;
+    defer ring.cache = cache;
+    var batch = chain.Batch.init(table, &cache, words, word_count, max, ring.header_bytes, ring.trailer_bytes) orelse
+        return linux.fail(.INVAL);
+
+    const start = format.position();
+    const outcome = format.take(ring, &batch, max);
+    // What was read since the fault may be zeros that nobody wrote.
+    if (!ring.memory.isUsable()) {
+        format.rewind(start);
+        return ring.breakWith(layout.broken_memory, 0);
+    }
+    const done = batch.record_count;
+    // Requests before a broken one are delivered; the next call meets it first.
+    if (done == 0) outcome catch |reason| return switch (reason) {
+        error.Full => ring.breakWith(layout.broken_segments, batch.segment_capacity),
+        error.Broken => ring.breakWith(batch.reason, batch.value),
+    };
+    ring.in_flight += done;
+    return @intCast(done);
+}
+
+/// Gives requests back to the driver. Returns 1 when it must be called, 0
+/// when not; -EINVAL (and nothing is published) when a head is not in flight,
+/// -EPROTO or -EFAULT when the ring is broken, and the completions are lost.
+pub fn push(handle: u32, completions: [*]const layout.Completion, count: u32) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    if (!ring.isUsable()) return ring.failure();
+    if (count > ring.in_flight) return linux.fail(.INVAL);
+    const checked: HeadState = if (ring.is_in_order) .completed else .free;
+    for (completions[0..count], 0..) |completion, i| {
+        if (completion.head < ring.size and ring.heads[completion.head] == .in_flight) {
+            ring.heads[completion.head] = checked;
+            if (ring.is_in_order) ring.written[completion.head] = completion.written;
+            continue;
+        }
+        for (completions[0..i]) |earlier| {
+            if (earlier.head < ring.size) ring.heads[earlier.head] = .in_flight;
+        }
+        return linux.fail(.INVAL);
+    }
+    ring.in_flight -= count;
+    ring.pushed += count;
+    return switch (ring.format) {
+        inline else => |*format| pushTo(ring, format, completions[0..count]),
+    };
+}
+
+inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Completion) i32 {
+    const old = format.usedPosition();
+    if (ring.is_in_order) {
+        ring.publishOrdered(format);
+    } else {
+        for (completions) |completion| format.publish(ring, completion.head, completion.written);
+    }
+    if (!format.announce(old)) return 0;
+    if (ring.is_called) return @intFromBool(format.wantsCall(ring, old));
+    ring.is_called = true;
+    return 1;
+}
+
+/// Asks for kicks. Returns 1 when there is already more to pop, for which no
+/// kick may come: the caller must pop before it waits.
+pub fn arm(handle: u32) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    if (!ring.isUsable()) return ring.failure();
+    return switch (ring.format) {
+        inline else => |*format| @intFromBool(format.arm(ring)),
+    };
+}
+
+/// Asks for no kicks, as long as the queue is polled.
+pub fn disarm(handle: u32) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    if (!ring.isUsable()) return ring.failure();
+    switch (ring.format) {
+        inline else => |*format| format.disarm(ring),
+    }
+    return 0;
+}
+
+pub fn state(handle: u32, state_out: *layout.RingState) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    state_out.* = .{
+        .last_available = switch (ring.format) {
+            inline else => |*format| format.base(),
+        },
+        .used_index = switch (ring.format) {
+            inline else => |*format| format.usedPosition(),
+        },
+        .in_flight = ring.in_flight,
+        .broken = ring.broken,
+        .broken_value = ring.broken_value,
+        .popped = ring.popped,
+        .pushed = ring.pushed,
+    };
+    return 0;
+}
+
+pub fn destroy(handle: u32) callconv(.c) i32 {
+    const ring = rings.remove(handle) orelse return linux.fail(.BADF);
+    release(ring);
+    return 0;
+}
+
+test {
+    _ = chain;
+    _ = split;
+    _ = packed_ring;
+    _ = @import("split_test.zig");
+    _ = @import("packed_test.zig");
+    _ = @import("hostile_test.zig");
+    _ = @import("packed_hostile_test.zig");
+}
