@@ -7,13 +7,20 @@
 // A target, and what a device implements.
 export { registerTarget, Target } from "./session/target.ts";
 export type { DeviceOptions, TargetOptions } from "./session/target.ts";
+export type { ClassMessage, CustomReply } from "./session/class_messages.ts";
 export type {
   CustomMessage,
   SetConfigReason,
+  StateTransfer,
   TargetOps,
 } from "./session/target_ops.ts";
 export { Device, MemoryRegion } from "./session/device.ts";
-export { Queue, type RingAddresses } from "./session/queue.ts";
+export {
+  type HostNotifier,
+  Queue,
+  type RingAddresses,
+} from "./session/queue.ts";
+export type { SharedMapping } from "./session/shared_memory.ts";
 
 // Requests over a started queue.
 export * from "./virtqueue/mod.ts";
@@ -38,6 +45,13 @@ export {
   ProtocolFeature,
   VirtioFeature,
 } from "./protocol/features.ts";
+
+export {
+  type AsymmetricSession,
+  CryptoOpcode,
+  type CryptoSession,
+  type SymmetricSession,
+} from "./protocol/crypto_payload.ts";
 
 // How front-ends reach a target.
 export type {

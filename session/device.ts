@@ -11,7 +11,10 @@ import type {
 } from "../ffi/guest_memory.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { type Gpa, gpa, type Uva, uva } from "../protocol/address.ts";
+import { BackendRequest as Id } from "../protocol/backend_request.ts";
+import type { BackendRequests } from "./backend_requests.ts";
 import type { Queue } from "./queue.ts";
+import type { SharedMapping, SharedMemory } from "./shared_memory.ts";
 
 /** One region of guest memory. */
 export class MemoryRegion {
@@ -51,6 +54,8 @@ export interface DeviceSession {
   readonly features: bigint;
   readonly startedQueues: readonly Queue[];
   readonly signal: AbortSignal;
+  readonly requests: BackendRequests;
+  readonly sharedMemory: SharedMemory;
   configChanged(): void;
 }
 
@@ -134,5 +139,59 @@ export class Device {
    */
   configChanged(): void {
     this.#session.configChanged();
+  }
+
+  /**
+   * Tells the front-end that other devices may ask for an object, which
+   * `getSharedObject` then hands out. Rejects when it refuses, when
+   * SHARED_OBJECT is not negotiated, and while all queues are stopped.
+   *
+   * @param uuid 16 bytes
+   */
+  async addSharedObject(uuid: Uint8Array): Promise<void> {
+    await this.#session.requests.send(Id.BACKEND_SHARED_OBJECT_ADD, uuid);
+  }
+
+  /** Takes back what `addSharedObject` has told. Rejects as it does. */
+  async removeSharedObject(uuid: Uint8Array): Promise<void> {
+    await this.#session.requests.send(Id.BACKEND_SHARED_OBJECT_REMOVE, uuid);
+  }
+
+  /**
+   * Asks for an object of another device: a descriptor, which the caller
+   * closes, or null where there is none. Rejects when SHARED_OBJECT is not
+   * negotiated, and while all queues are stopped.
+   *
+   * @param uuid 16 bytes
+   */
+  async lookUpSharedObject(uuid: Uint8Array): Promise<number | null> {
+    return await this.#session.requests.lookUp(uuid);
+  }
+
+  /**
+   * Has a file mapped into one of the device's shared memory regions
+   * (`DeviceOptions.sharedMemory`). Rejects with OPTION when that is outside
+   * the region or overlaps another mapping, with PROTOCOL when the front-end
+   * refuses. A reset of the device unmaps everything.
+   *
+   * @param shmid id of the region
+   */
+  async mapShared(shmid: number, mapping: SharedMapping): Promise<void> {
+    await this.#session.sharedMemory.map(shmid, mapping);
+  }
+
+  /**
+   * Unmaps one whole mapping.
+   *
+   * @param shmid id of the region
+   * @param offset bytes, as it was mapped
+   * @param size bytes, as it was mapped
+   */
+  async unmapShared(
+    shmid: number,
+    offset: number,
+    size: number,
+  ): Promise<void> {
+    await this.#session.sharedMemory.unmap(shmid, offset, size);
   }
 }

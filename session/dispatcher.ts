@@ -14,7 +14,7 @@ import {
   FrontendRequest,
   type FrontendRow,
 } from "../protocol/frontend_request.ts";
-import { plainWire } from "../protocol/layout.ts";
+import { type Codec, plainWire } from "../protocol/layout.ts";
 import {
   classifyRequestHeader,
   FLAG_NEED_REPLY,
@@ -24,8 +24,17 @@ import {
 import { u64Payload } from "../protocol/payloads.ts";
 import { checkGate, payloadCodecs, replyDue } from "../protocol/request_row.ts";
 import type { Message } from "../transports/transport.ts";
+import {
+  type ClassMessage,
+  type CustomReply,
+  encodeClassReply,
+  encodeCustomReply,
+  failedSession,
+  isClassMessage,
+} from "./class_messages.ts";
 import { handlers } from "./handlers.ts";
 import { Refusal } from "./refusal.ts";
+import { ReplyWithDescriptors } from "./reply.ts";
 import type { Session } from "./session.ts";
 import { customMessage } from "./target_ops.ts";
 
@@ -58,7 +67,9 @@ export class Dispatcher {
       const reply = row === undefined
         ? await this.#custom(message)
         : await this.#known(row, message);
-      if (reply !== null) this.#send(message.request, reply);
+      if (reply instanceof ReplyWithDescriptors) {
+        this.#send(message.request, reply.value, reply.fds);
+      } else if (reply !== null) this.#send(message.request, reply);
       else if (this.#isAckWanted(message)) this.#ack(message, 0n);
     } catch (error) {
       this.#refuse(row, message, error as Error);
@@ -68,16 +79,19 @@ export class Dispatcher {
   async #known(
     row: FrontendRow,
     message: Message,
-  ): Promise<Uint8Array | null> {
+  ): Promise<Uint8Array | ReplyWithDescriptors<Uint8Array> | null> {
     const session = this.#session;
     const handler = handlers[row.id] as Handler | undefined;
     const closedGate = checkGate(row, {
       offeredFeatures: session.options.features,
       features: session.features,
       protocolFeatures: session.ackedProtocolFeatures,
+      device: session.options.deviceType,
     });
     if (closedGate !== null) throw new Refusal(closedGate);
-    if (handler === undefined) return await this.#custom(message);
+    if (handler === undefined && !isClassMessage(row)) {
+      return await this.#custom(message);
+    }
     const decoded = decodeFrontendRequest(
       row,
       message.payload,
@@ -93,6 +107,12 @@ export class Dispatcher {
         );
       }
     }
+    if (handler === undefined) {
+      return await this.#class({
+        name: row.name,
+        value: decoded.value.payload,
+      } as ClassMessage, message);
+    }
     const value = await handler(session, decoded.value.payload, message);
     const due = replyDue(row, {
       needReply: false,
@@ -100,23 +120,52 @@ export class Dispatcher {
       postcopy: false,
     });
     if (due.kind !== "reply") return null;
-    const codec = payloadCodecs[due.payload];
-    return (codec.encode as (v: unknown, c: unknown) => Uint8Array)(
-      value,
-      plainWire,
-    );
+    const { encode } = payloadCodecs[due.payload] as Codec<unknown>;
+    if (!(value instanceof ReplyWithDescriptors)) {
+      return encode(value, plainWire);
+    }
+    return new ReplyWithDescriptors(encode(value.value, plainWire), value.fds);
   }
 
   async #custom(message: Message): Promise<Uint8Array | null> {
+    return encodeCustomReply(await this.#callCustom(message));
+  }
+
+  /** A message whose payload the table knows, and the device its meaning. */
+  async #class(
+    typed: ClassMessage,
+    message: Message,
+  ): Promise<Uint8Array | null> {
+    try {
+      return encodeClassReply(typed, await this.#callCustom(message, typed));
+    } catch (error) {
+      if (typed.name !== "CREATE_CRYPTO_SESSION") throw error;
+      // A reply is due, and it has a way to say "failed".
+      this.#session.report(this.#refusal(typed.name, error as Error));
+      return encodeClassReply(typed, failedSession);
+    }
+  }
+
+  async #callCustom(
+    message: Message,
+    typed?: ClassMessage,
+  ): Promise<CustomReply> {
     const { ops, device, sequencer } = this.#session;
     if (ops.customMessage === undefined) {
       throw new Refusal(`unknown request ${message.request}`);
     }
-    const reply = await sequencer.call(
+    return await sequencer.call(
       "customMessage",
-      () => ops.customMessage!(device, customMessage(message)),
+      () => ops.customMessage!(device, customMessage(message, typed)),
     );
-    return reply ?? null;
+  }
+
+  #refusal(name: string, cause: Error): Vhost2Error {
+    return new Vhost2Error(
+      "PROTOCOL",
+      `Cannot accept ${name} of ${this.#session.name}: ${cause.message}`,
+      { cause },
+    );
   }
 
   /**
@@ -124,13 +173,8 @@ export class Dispatcher {
    * for neither, only the end of the connection can tell it.
    */
   #refuse(row: FrontendRow | undefined, message: Message, error: Error): void {
-    const refusal = new Vhost2Error(
-      "PROTOCOL",
-      `Cannot accept ${
-        row?.name ?? `request ${message.request}`
-      } of ${this.#session.name}: ${error.message}`,
-      { cause: error },
-    );
+    const name = row?.name ?? `request ${message.request}`;
+    const refusal = this.#refusal(name, error);
     if (row?.id === FrontendRequest.GET_CONFIG) {
       // The specification's way to say "failed": no payload at all.
       this.#session.report(refusal);
@@ -156,11 +200,15 @@ export class Dispatcher {
     this.#send(message.request, u64Payload.encode(value, plainWire));
   }
 
-  #send(request: number, payload: Uint8Array): void {
+  #send(
+    request: number,
+    payload: Uint8Array,
+    fds: readonly number[] = [],
+  ): void {
     // QEMU refuses a reply with any other flag, an echoed NEED_REPLY too.
     const flags = VERSION | FLAG_REPLY;
-    this.#trace("sent", { request, flags, payload }, 0);
-    this.#session.connection.send({ request, flags, payload });
+    this.#trace("sent", { request, flags, payload }, fds.length);
+    this.#session.connection.send({ request, flags, payload, fds });
   }
 
   #trace(

@@ -12,10 +12,13 @@ import type { PayloadOf, ReplyOf } from "../protocol/frontend_request.ts";
 import type { FrontendRequestId } from "../protocol/frontend_request.ts";
 import type { Message } from "../transports/transport.ts";
 import * as config from "./handlers/config.ts";
+import * as deviceState from "./handlers/device_state.ts";
 import * as features from "./handlers/features.ts";
 import * as lifecycle from "./handlers/lifecycle.ts";
 import * as memory from "./handlers/memory.ts";
+import * as shared from "./handlers/shared.ts";
 import * as vring from "./handlers/vring.ts";
+import type { ReplyWithDescriptors } from "./reply.ts";
 import type { Session } from "./session.ts";
 
 type Handlers = {
@@ -25,8 +28,9 @@ type Handlers = {
     message: Message,
   ) => Result<I> | Promise<Result<I>>;
 };
-type Result<I extends FrontendRequestId> = null extends ReplyOf<I> ? void
-  : ReplyOf<I> | void;
+type Result<I extends FrontendRequestId> =
+  | (null extends ReplyOf<I> ? void : ReplyOf<I> | void)
+  | ReplyWithDescriptors<ReplyOf<I>>;
 
 /** Messages without an entry reach the user's `customMessage`. */
 export const handlers: Handlers = {
@@ -50,9 +54,14 @@ export const handlers: Handlers = {
   [Id.GET_CONFIG]: config.getConfig,
   [Id.SET_CONFIG]: config.setConfig,
   [Id.RESET_DEVICE]: lifecycle.resetDevice,
+  [Id.VRING_KICK]: vring.kick,
   [Id.GET_MAX_MEM_SLOTS]: memory.getMaxMemorySlots,
   [Id.ADD_MEM_REG]: memory.addRegion,
   [Id.REM_MEM_REG]: memory.removeRegion,
   [Id.SET_STATUS]: lifecycle.setStatus,
   [Id.GET_STATUS]: lifecycle.getStatus,
+  [Id.GET_SHARED_OBJECT]: shared.getSharedObject,
+  [Id.SET_DEVICE_STATE_FD]: deviceState.setDeviceStateFd,
+  [Id.CHECK_DEVICE_STATE]: deviceState.checkDeviceState,
+  [Id.GET_SHMEM_CONFIG]: shared.getSharedMemoryConfig,
 };

@@ -4,6 +4,7 @@
  * @module
  */
 
+import { Vhost2Error } from "../ffi/errors.ts";
 import type { GuestMemory } from "../ffi/guest_memory.ts";
 import type { Gpa, RingAddress } from "../protocol/address.ts";
 import type { Device } from "./device.ts";
@@ -22,8 +23,19 @@ export interface QueueSetup {
   readonly isPolled: boolean;
   readonly memory: GuestMemory;
   logAddress(): Gpa | null;
+  setHostNotifier(area: HostNotifier | null): Promise<void>;
   call(): void;
   fail(reason: string): void;
+}
+
+/** A doorbell that the guest's driver writes to directly. */
+export interface HostNotifier {
+  /** The file (of a PCI device) that holds it; it stays the caller's. */
+  readonly fd: number;
+  /** Bytes from the start of the file. */
+  readonly offset: number;
+  /** Bytes; a page. */
+  readonly size: number;
 }
 
 /** Where the ring is, in the space of the front-end's addresses. */
@@ -36,8 +48,8 @@ export interface RingAddresses {
 
 /**
  * A virtqueue between `queueStart` and the completion of `queueStop`. Nothing
- * of it changes in that time but `logAddress`. (virtio 1.3, section 2.7 for
- * the layout of the three areas.)
+ * of it changes in that time but `logAddress`. (virtio 1.3, sections 2.7 and
+ * 2.8 for the layout of the three areas.)
  */
 export class Queue {
   /** The device that it belongs to. */
@@ -50,9 +62,15 @@ export class Queue {
   readonly features: bigint;
   /** 16 bytes per descriptor. Empty after the queue's memory has gone. */
   readonly descriptorTable: Uint8Array<ArrayBuffer>;
-  /** flags, idx, ring[size], used_event; u16 each. */
+  /**
+   * flags, idx, ring[size], used_event; u16 each. With RING_PACKED the driver
+   * event suppression: position and wrap counter, flags; u16 each.
+   */
   readonly availableRing: Uint8Array<ArrayBuffer>;
-  /** flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). */
+  /**
+   * flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). With
+   * RING_PACKED the device event suppression: as the driver's.
+   */
   readonly usedRing: Uint8Array<ArrayBuffer>;
   /** The front-end gave no kick: whoever processes the queue must look. */
   readonly isPolled: boolean;
@@ -61,9 +79,11 @@ export class Queue {
   /** For `virtqueue/`: the memory in which the ring and its buffers are. */
   readonly memory: GuestMemory;
   /**
-   * Position in the available ring, free-running, 16 bits. It is where to
-   * begin on start; the device keeps it up to date until its `queueStop` has
-   * completed, because the front-end is told it (GET_VRING_BASE).
+   * Position in the available ring, free-running, 16 bits. With RING_PACKED
+   * 32 bits: position (15) and wrap counter of what is available, then the
+   * same of what is used. It is where to begin on start; the device keeps it
+   * up to date until its `queueStop` has completed, because the front-end is
+   * told it (GET_VRING_BASE).
    */
   availableIndex: number;
   readonly #setup: QueueSetup;
@@ -106,6 +126,21 @@ export class Queue {
    */
   call(): void {
     if (this.#isStarted) this.#setup.call();
+  }
+
+  /**
+   * Gives the front-end a doorbell to map into the guest in place of the kick,
+   * or, by null, takes it away; the end of the queue does that too. Rejects
+   * when the front-end refuses it or HOST_NOTIFIER is not negotiated.
+   */
+  setHostNotifier(area: HostNotifier | null): Promise<void> {
+    if (this.#isStarted) return this.#setup.setHostNotifier(area);
+    return Promise.reject(
+      new Vhost2Error(
+        "CLOSED",
+        `Cannot set the host notifier of queue ${this.index}: it is stopped`,
+      ),
+    );
   }
 
   /** `fail` was called: no kick is delivered any more. */

@@ -16,7 +16,8 @@ export type OpName =
   | "queueStart"
   | "queueStop"
   | "deviceDestroy"
-  | "customMessage";
+  | "customMessage"
+  | "getSharedObject";
 
 interface OpScope {
   readonly owner: unknown;

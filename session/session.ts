@@ -19,11 +19,20 @@ import {
 } from "../protocol/features.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
 import { VRING_FLAG_LOG } from "../protocol/payloads.ts";
-import type { BackendChannel, Connection } from "../transports/transport.ts";
+import type {
+  BackendChannel,
+  Connection,
+  Message,
+} from "../transports/transport.ts";
+import { BackendRequests } from "./backend_requests.ts";
 import { Device } from "./device.ts";
+import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
+import { InBandNotifications } from "./in_band.ts";
+import { offeredProtocolFeatures } from "./offered_features.ts";
 import { Queue } from "./queue.ts";
 import { Sequencer } from "./sequencer.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import type { TargetOps } from "./target_ops.ts";
 import { Vring } from "./vring.ts";
 
@@ -33,6 +42,12 @@ export interface SessionOptions {
   readonly owner: unknown;
   /** Virtio features offered, the library's own included. */
   readonly features: bigint;
+  /** Protocol features that the device implements in `customMessage`. */
+  readonly protocolFeatures: bigint;
+  /** The type of device, where it has messages of its own. */
+  readonly deviceType: string | undefined;
+  /** Bytes of each shared memory region by its id; 0 where there is none. */
+  readonly sharedMemory: readonly number[];
   readonly queueCount: number;
   readonly device: (device: Device) => TargetOps;
   report(error: Vhost2Error, device: Device): void;
@@ -45,8 +60,12 @@ const messagesPerTurn = 32;
 
 const logAllMask = featureMask(VirtioFeature.LOG_ALL);
 
-/** Bytes of the three areas of a split ring (virtio 1.3, section 2.7). */
-export function ringAreaSizes(queueSize: number) {
+/**
+ * Bytes of the three areas of a ring (virtio 1.3, sections 2.7 and 2.8): in a
+ * packed one the latter two are event suppression structures.
+ */
+export function ringAreaSizes(queueSize: number, isPacked: boolean) {
+  if (isPacked) return { descriptor: 16 * queueSize, available: 4, used: 4 };
   return {
     descriptor: 16 * queueSize,
     available: 6 + 2 * queueSize,
@@ -62,6 +81,15 @@ export class Session {
   readonly device: Device;
   readonly sequencer: Sequencer;
   readonly #end = new AbortController();
+  /** Fulfilled by `close`. */
+  readonly #closed: Promise<void>;
+  readonly #close: () => void;
+  /** The message after the one being handled, where somebody waits for it. */
+  #next: Promise<Message | null> | undefined;
+  readonly #inBand = new InBandNotifications(this);
+  readonly requests: BackendRequests = new BackendRequests(this);
+  readonly sharedMemory: SharedMemory;
+  readonly deviceState: DeviceState = new DeviceState(this);
   ops: TargetOps = {};
   /** Negotiated virtio features; null until SET_FEATURES. */
   ackedFeatures: bigint | null = null;
@@ -80,6 +108,10 @@ export class Session {
       { length: options.queueCount },
       (_, index) => new Vring(index),
     );
+    let close = () => {};
+    this.#closed = new Promise((resolve) => close = resolve);
+    this.#close = close;
+    this.sharedMemory = new SharedMemory(options.sharedMemory, this.requests);
     this.device = new Device(this);
     this.sequencer = new Sequencer(options.owner, connection.name);
     this.memory.onFault = () => {
@@ -89,7 +121,7 @@ export class Session {
           `Cannot go on with ${this.name}: the front-end took guest memory away (its file became shorter)`,
         ),
       );
-      for (const vring of this.vrings) vring.error?.signal();
+      for (const vring of this.vrings) this.#signalError(vring);
       this.connection.close();
     };
   }
@@ -102,8 +134,32 @@ export class Session {
     return this.ackedFeatures ?? 0n;
   }
 
+  /** Whether the rings are packed: RING_PACKED is negotiated. */
+  get isPacked(): boolean {
+    return hasFeature(this.features, VirtioFeature.RING_PACKED);
+  }
+
+  /** Base of a vring for which the front-end has set none. */
+  get firstBase(): number {
+    return this.isPacked ? 0x8000_8000 : 0;
+  }
+
+  /** What the addresses of SET_VRING_ADDR are. */
+  get ringSpace(): "gpa" | "uva" {
+    return hasFeature(this.ackedProtocolFeatures, ProtocolFeature.GPA_ADDRESSES)
+      ? "gpa"
+      : "uva";
+  }
+
   get signal(): AbortSignal {
     return this.#end.signal;
+  }
+
+  /** All rings are stopped: no writes, no calls, no messages of ours. */
+  get isSuspended(): boolean {
+    return this.vrings.every((vring) =>
+      vring.kick.kind === "none" && vring.queue === null
+    );
   }
 
   get startedQueues(): readonly Queue[] {
@@ -114,18 +170,11 @@ export class Session {
 
   /** Protocol features that can be offered to this front-end. */
   get offeredProtocolFeatures(): bigint {
-    const offered = featureMask(
-      ProtocolFeature.MQ,
-      ProtocolFeature.REPLY_ACK,
-      ProtocolFeature.BACKEND_REQ,
-      ProtocolFeature.RESET_DEVICE,
-      ProtocolFeature.CONFIGURE_MEM_SLOTS,
-      ProtocolFeature.STATUS,
-    );
-    const config = this.ops.getConfig === undefined
-      ? 0n
-      : featureMask(ProtocolFeature.CONFIG);
-    return (offered | config) & this.connection.protocolFeatures;
+    return offeredProtocolFeatures({
+      ops: this.ops,
+      declared: this.options.protocolFeatures,
+      hasSharedMemory: this.sharedMemory.config.regionCount > 0,
+    }) & this.connection.protocolFeatures;
   }
 
   report(error: Vhost2Error): void {
@@ -165,7 +214,9 @@ export class Session {
   async #takeMessages(): Promise<void> {
     const dispatcher = new Dispatcher(this);
     for (let count = 1;; count++) {
-      const message = await this.connection.receive();
+      const next = this.#next ?? this.connection.receive();
+      this.#next = undefined;
+      const message = await next;
       if (message === null) return;
       try {
         await dispatcher.dispatch(message);
@@ -177,6 +228,26 @@ export class Session {
         await new Promise((resolve) => setImmediate(resolve));
       }
     }
+  }
+
+  /**
+   * For a handler that waits for something other than the front-end: fulfilled
+   * when the connection has ended, which only its reader can tell. Never, once
+   * another message has come; `close` ends that too.
+   */
+  async connectionEnded(): Promise<void> {
+    this.#next ??= this.connection.receive();
+    const next = this.#next.catch(() => null);
+    await Promise.race([
+      next.then((message) => message === null ? undefined : this.#closed),
+      this.#closed,
+    ]);
+  }
+
+  /** Ends the session: `run` comes to its end. */
+  close(): void {
+    this.connection.close();
+    this.#close();
   }
 
   async #destroy(): Promise<void> {
@@ -192,6 +263,7 @@ export class Session {
   #release(): void {
     this.#end.abort();
     this.connection.close();
+    this.#next?.then((message) => message?.descriptors.close(), () => {});
     this.backendChannel?.close();
     this.backendChannel = null;
     for (const vring of this.vrings) vring.close();
@@ -207,6 +279,7 @@ export class Session {
         () => this.ops.deviceFeaturesChanged?.(this.device, this.features),
       );
     }
+    if (this.deviceState.isTransferring) return;
     for (const vring of this.vrings) {
       if (!vring.isReady || this.memory.state !== "ok") continue;
       const queue = this.#makeQueue(vring);
@@ -225,9 +298,10 @@ export class Session {
   /** The queue of a vring, or null (and an error event) if it is not mapped. */
   #makeQueue(vring: Vring): Queue | null {
     const addresses = vring.addresses!;
-    const sizes = ringAreaSizes(vring.size);
+    const space = this.ringSpace;
+    const sizes = ringAreaSizes(vring.size, this.isPacked);
     const area = (name: "descriptor" | "available" | "used") =>
-      this.memory.whole("uva", addresses[name], sizes[name]);
+      this.memory.whole(space, addresses[name], sizes[name]);
     const descriptorTable = area("descriptor");
     const availableRing = area("available");
     const usedRing = area("used");
@@ -242,11 +316,11 @@ export class Session {
       index: vring.index,
       size: vring.size,
       features: this.features & ~logAllMask,
-      addresses: { space: "uva", ...addresses },
+      addresses: { space, ...addresses },
       descriptorTable,
       availableRing,
       usedRing,
-      base: vring.base,
+      base: vring.base ?? this.firstBase,
       logAddress: () => {
         const now = vring.addresses;
         return now !== null && (now.flags & VRING_FLAG_LOG) !== 0
@@ -255,9 +329,26 @@ export class Session {
       },
       isPolled: vring.kick.kind === "polled",
       memory: this.memory,
-      call: () => vring.call?.signal(),
+      setHostNotifier: (area) =>
+        this.requests.send(
+          BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG,
+          {
+            vring: {
+              index: vring.index,
+              hasDescriptor: area !== null,
+              reserved: 0n,
+            },
+            offset: BigInt(area?.offset ?? 0),
+            size: BigInt(area?.size ?? 0),
+          },
+          area === null ? [] : [area.fd],
+        ),
+      call: () => {
+        if (vring.call !== null) vring.call.signal();
+        else this.#inBand.call(vring);
+      },
       fail: (reason) => {
-        vring.error?.signal();
+        this.#signalError(vring);
         this.report(
           new Vhost2Error(
             "RING",
@@ -268,10 +359,15 @@ export class Session {
     });
   }
 
+  #signalError(vring: Vring): void {
+    if (vring.error !== null) vring.error.signal();
+    else this.#inBand.error(vring);
+  }
+
   /** Told once: it stays stopped until it, or the memory, is set up anew. */
   #refuseRing(vring: Vring): void {
     vring.run = { kind: "failed" };
-    vring.error?.signal();
+    this.#signalError(vring);
     this.report(
       new Vhost2Error(
         "MEMORY",
@@ -290,7 +386,7 @@ export class Session {
     } catch (error) {
       queue.markStopped();
       vring.run = { kind: "failed" };
-      vring.error?.signal();
+      this.#signalError(vring);
       this.report(error as Vhost2Error);
       return;
     }
@@ -337,7 +433,10 @@ export class Session {
       this.memory.revoke();
       this.connection.close();
     }
-    vring.base = queue.availableIndex & 0xffff;
+    // Packed: two positions with their wrap counters.
+    vring.base = hasFeature(queue.features, VirtioFeature.RING_PACKED)
+      ? queue.availableIndex >>> 0
+      : queue.availableIndex & 0xffff;
     queue.markStopped();
     vring.run = { kind: "stopped" };
   }

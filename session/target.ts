@@ -14,9 +14,11 @@ import {
   type Transport,
   type TransportOptions,
 } from "../transports/mod.ts";
+import { declarableProtocolFeatures } from "./class_messages.ts";
 import type { Device } from "./device.ts";
 import { isInsideOp } from "./sequencer.ts";
 import { Session } from "./session.ts";
+import { refusalOfSizes } from "./shared_memory.ts";
 import type { TargetOps } from "./target_ops.ts";
 
 /** SET_VRING_KICK has 8 bits for the index. */
@@ -31,6 +33,24 @@ export interface DeviceOptions {
    * (`virtqueueFeatures` for devices that use `virtqueue/`).
    */
   readonly features?: bigint;
+  /**
+   * Protocol features to offer beside the library's, as a mask: RARP, NET_MTU
+   * and CRYPTO_SESSION, whose messages reach `customMessage`, and
+   * INBAND_NOTIFICATIONS, for front-ends that send kicks as messages (QEMU
+   * does not, but acks the feature).
+   */
+  readonly protocolFeatures?: bigint;
+  /**
+   * The type of device where that opens messages of its own: `"gpu"` opens
+   * GPU_SET_SOCKET.
+   */
+  readonly deviceType?: string;
+  /**
+   * Bytes of each VIRTIO shared memory region by its id, multiples of 4096; 0
+   * where there is none. With any, SHMEM is offered and `device.mapShared` maps
+   * files into them.
+   */
+  readonly sharedMemory?: readonly number[];
   /** Queues at most, 1 to 256; 1 unless given. */
   readonly queueCount?: number;
   /**
@@ -100,6 +120,9 @@ export class Target {
       session = new Session(connection, {
         owner: this,
         features: this.#features,
+        protocolFeatures: this.#options.protocolFeatures ?? 0n,
+        deviceType: this.#options.deviceType,
+        sharedMemory: this.#options.sharedMemory ?? [],
         queueCount: this.#options.queueCount ?? 1,
         device: this.#options.device,
         report: (error, device) => this.#report(error, device),
@@ -141,7 +164,7 @@ export class Target {
 
   async #close(): Promise<void> {
     this.#transport?.close();
-    for (const session of this.#sessions.keys()) session.connection.close();
+    for (const session of this.#sessions.keys()) session.close();
     while (this.#sessions.size > 0) {
       await Promise.all(this.#sessions.values());
     }
@@ -194,6 +217,20 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
       "OPTION",
       `Cannot use features: ${features} (a bigint of 64 bits)`,
     );
+  }
+  const { protocolFeatures = 0n } = options;
+  if (
+    typeof protocolFeatures !== "bigint" ||
+    (protocolFeatures & ~declarableProtocolFeatures) !== 0n
+  ) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use protocolFeatures: ${protocolFeatures} (of RARP, NET_MTU, CRYPTO_SESSION and INBAND_NOTIFICATIONS; the library offers the others)`,
+    );
+  }
+  const wrongSizes = refusalOfSizes(options.sharedMemory ?? []);
+  if (wrongSizes !== null) {
+    throw new Vhost2Error("OPTION", `Cannot use sharedMemory: ${wrongSizes}`);
   }
   const name = targetName(options);
   if (registered.has(name)) {

@@ -20,18 +20,24 @@ export type RunState =
   /** The start failed; the front-end must set something up again. */
   | { readonly kind: "failed" };
 
-/** How the front-end notifies: not at all yet, by an event, or not (polled). */
+/** How the front-end notifies: not yet, not at all, by messages or events. */
 export type Kick =
   | { readonly kind: "none" }
   | { readonly kind: "polled" }
+  /** By VRING_KICK messages. */
+  | { readonly kind: "inBand" }
   | { readonly kind: "event"; readonly source: KickSource };
 
 export class Vring {
   readonly index: number;
   /** Number of descriptors; 0 until SET_VRING_NUM. */
   size = 0;
-  /** Position to start from, and where the last run stopped. */
-  base = 0;
+  /**
+   * Where to start from, and where the last run stopped; null until either is
+   * known. Packed: 15 bits of position and a wrap counter of what is available,
+   * then the same of what is used.
+   */
+  base: number | null = null;
   addresses: VringAddress | null = null;
   isEnabled = false;
   kick: Kick = { kind: "none" };
@@ -86,7 +92,7 @@ export class Vring {
     this.forgetSetup();
     this.isEnabled = false;
     this.size = 0;
-    this.base = 0;
+    this.base = null;
   }
 
   close(): void {

@@ -69,6 +69,13 @@ export interface NotificationSink {
   close(): void;
 }
 
+/** The front-end's reply to a request of ours. */
+export interface BackendReply {
+  readonly value: bigint;
+  /** The caller's. */
+  readonly descriptors: Descriptors;
+}
+
 /** The channel for our own requests to the front-end (BACKEND_REQ). */
 export interface BackendChannel {
   /**
@@ -80,6 +87,12 @@ export interface BackendChannel {
     payload: Uint8Array,
     options?: { fds?: readonly number[]; needReply?: boolean },
   ): Promise<bigint | undefined>;
+  /** As `request` with `needReply`, for a reply that may carry descriptors. */
+  exchange(
+    request: number,
+    payload: Uint8Array,
+    options?: { fds?: readonly number[] },
+  ): Promise<BackendReply>;
   close(): void;
 }
 

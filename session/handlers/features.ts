@@ -5,12 +5,35 @@ import {
   describeProtocolFeatures,
   featureMask,
   hasFeature,
+  ProtocolFeature,
+  type ProtocolFeatureBit,
   VirtioFeature,
 } from "../../protocol/features.ts";
 import { Refusal } from "../refusal.ts";
 import type { Session } from "../session.ts";
 
 const logAllMask = featureMask(VirtioFeature.LOG_ALL);
+/** What a running queue relies on. */
+const queueMask = featureMask(
+  ProtocolFeature.GPA_ADDRESSES,
+  ProtocolFeature.INBAND_NOTIFICATIONS,
+);
+const packedMask = featureMask(VirtioFeature.RING_PACKED);
+const inBandNeeds = featureMask(
+  ProtocolFeature.BACKEND_REQ,
+  ProtocolFeature.REPLY_ACK,
+);
+/** Why some features are never offered. */
+const reasons: readonly (readonly [ProtocolFeatureBit, string])[] = [
+  [
+    ProtocolFeature.XEN_MMAP,
+    "guest memory is mapped from files, not from a Xen domain",
+  ],
+  [
+    ProtocolFeature.CROSS_ENDIAN,
+    "rings are little-endian, as those of VERSION_1 are",
+  ],
+];
 
 export function getFeatures(session: Session): bigint {
   return session.options.features;
@@ -31,6 +54,10 @@ export async function setFeatures(
   if (changed !== 0n || session.ackedFeatures === null) {
     session.isFeaturesChangeOwed = true;
   }
+  if (session.ackedFeatures !== null && (changed & packedMask) !== 0n) {
+    // Size and base mean something else in the other format.
+    for (const vring of session.vrings) vring.reset();
+  }
   session.ackedFeatures = features;
   if (!hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
     // Such a front-end has no SET_VRING_ENABLE.
@@ -42,11 +69,30 @@ export function getProtocolFeatures(session: Session): bigint {
   return session.offeredProtocolFeatures;
 }
 
-export function setProtocolFeatures(session: Session, features: bigint): void {
+export async function setProtocolFeatures(
+  session: Session,
+  features: bigint,
+): Promise<void> {
   const unknown = features & ~session.offeredProtocolFeatures;
   if (unknown !== 0n) {
-    throw new Refusal(`${describeProtocolFeatures(unknown)} was not offered`);
+    const why = reasons.find(([bit]) => hasFeature(unknown, bit));
+    throw new Refusal(
+      `${describeProtocolFeatures(unknown)} was not offered` +
+        (why === undefined ? "" : `: ${why[1]}`),
+    );
   }
+  const missing = inBandNeeds & ~features;
+  if (
+    hasFeature(features, ProtocolFeature.INBAND_NOTIFICATIONS) && missing !== 0n
+  ) {
+    // "Without these the back-end must close the connection", ack or not.
+    session.connection.close();
+    throw new Refusal(
+      `INBAND_NOTIFICATIONS needs ${describeProtocolFeatures(missing)} too`,
+    );
+  }
+  const changed = features ^ session.ackedProtocolFeatures;
+  if ((changed & queueMask) !== 0n) await session.stopQueues(() => true);
   session.ackedProtocolFeatures = features;
 }
 

@@ -24,6 +24,7 @@ export function setBackendChannel(
 export async function resetDevice(session: Session): Promise<void> {
   await session.stopQueues(() => true);
   for (const vring of session.vrings) vring.reset();
+  session.sharedMemory.forget();
   session.status = 0;
 }
 
@@ -36,6 +37,7 @@ export async function setStatus(
   if (status === 0n) {
     await session.stopQueues(() => true);
     for (const vring of session.vrings) vring.forgetSetup();
+    session.sharedMemory.forget();
   }
   session.status = Number(status);
 }

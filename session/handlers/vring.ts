@@ -1,4 +1,4 @@
-/** The vrings: messages 8-14 and 18. */
+/** The vrings: messages 8-14, 18 and 35. */
 
 import { VRING_FLAG_LOG } from "../../protocol/payloads.ts";
 import type {
@@ -16,7 +16,10 @@ export async function setNum(
   session: Session,
   { index, num }: VringState,
 ): Promise<void> {
-  if (num === 0 || num > maxQueueSize || (num & (num - 1)) !== 0) {
+  if (num === 0 || num > maxQueueSize) {
+    throw new Refusal(`queue size ${num} is not from 1 to ${maxQueueSize}`);
+  }
+  if (!session.isPacked && (num & (num - 1)) !== 0) {
     throw new Refusal(
       `queue size ${num} is not a power of two from 1 to ${maxQueueSize}`,
     );
@@ -27,14 +30,16 @@ export async function setNum(
   vring.forgetFailure();
 }
 
-/** Alignment in bytes of each area (virtio 1.3, section 2.7). */
-const alignments = { descriptor: 16n, available: 2n, used: 4n } as const;
+/** Alignment in bytes of each area (virtio 1.3, sections 2.7 and 2.8). */
+const splitAlignments = { descriptor: 16n, available: 2n, used: 4n } as const;
+const packedAlignments = { descriptor: 16n, available: 4n, used: 4n } as const;
 
 export async function setAddress(
   session: Session,
   address: VringAddress,
 ): Promise<void> {
   const vring = session.vrings[address.index];
+  const alignments = session.isPacked ? packedAlignments : splitAlignments;
   for (const name of ["descriptor", "available", "used"] as const) {
     if (address[name] % alignments[name] !== 0n) {
       throw new Refusal(
@@ -45,8 +50,8 @@ export async function setAddress(
     }
     // Before there is memory nothing can be said; the start checks again.
     if (session.memory.regions.length === 0 || vring.size === 0) continue;
-    const size = ringAreaSizes(vring.size)[name];
-    if (session.memory.whole("uva", address[name], size) === null) {
+    const size = ringAreaSizes(vring.size, session.isPacked)[name];
+    if (session.memory.whole(session.ringSpace, address[name], size) === null) {
       throw new Refusal(
         `${name} area at 0x${
           address[name].toString(16)
@@ -69,8 +74,17 @@ export async function setBase(
   session: Session,
   { index, num }: VringState,
 ): Promise<void> {
-  if (num > 0xffff) throw new Refusal(`base ${num} does not fit 16 bits`);
   const vring = session.vrings[index];
+  if (!session.isPacked) {
+    if (num > 0xffff) throw new Refusal(`base ${num} does not fit 16 bits`);
+  } else if (
+    vring.size > 0 &&
+    ((num & 0x7fff) >= vring.size || ((num >>> 16) & 0x7fff) >= vring.size)
+  ) {
+    throw new Refusal(
+      `base 0x${num.toString(16)} is outside a ring of ${vring.size}`,
+    );
+  }
   await session.stop(vring);
   vring.base = num;
   vring.forgetFailure();
@@ -84,7 +98,7 @@ export async function getBase(
   const vring = session.vrings[index];
   await session.stop(vring);
   vring.forgetSetup();
-  return { index, num: vring.base };
+  return { index, num: vring.base ?? session.firstBase };
 }
 
 export async function setKick(
@@ -107,6 +121,17 @@ export async function setKick(
     );
   }
   vring.forgetFailure();
+}
+
+/**
+ * INBAND_NOTIFICATIONS: kicks the ring, and starts it where no SET_VRING_KICK
+ * came, which is then not polled either.
+ */
+export function kick(session: Session, { index, num }: VringState): void {
+  if (num !== 0) throw new Refusal(`num ${num} is reserved and must be 0`);
+  const vring = session.vrings[index];
+  if (vring.kick.kind === "none") vring.setKick({ kind: "inBand" });
+  else session.kick(vring);
 }
 
 export function setCall(

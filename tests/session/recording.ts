@@ -1,7 +1,7 @@
 /** A device that writes down which ops were called, and can hold or fail them. */
 
 import assert from "node:assert/strict";
-import type { Device, Queue, TargetOps } from "../../mod.ts";
+import type { CustomReply, Device, Queue, TargetOps } from "../../mod.ts";
 import { Signal } from "../support/wait.ts";
 import { deferred } from "./deferred.ts";
 
@@ -13,7 +13,8 @@ export type AsyncOp =
   | "queueStart"
   | "queueStop"
   | "deviceDestroy"
-  | "customMessage";
+  | "customMessage"
+  | "getSharedObject";
 
 /** An op that is being held. */
 export class Hold {
@@ -124,7 +125,8 @@ export class Recording {
    */
   ops(device: Device, inner: TargetOps): TargetOps {
     this.devices.push(device);
-    const { getConfig, setConfig, customMessage } = inner;
+    const { getConfig, setConfig, customMessage, getSharedObject } = inner;
+    const { transferState } = inner;
     return {
       deviceCreate: () =>
         this.op(device, "deviceCreate", () => inner.deviceCreate?.(device)),
@@ -156,9 +158,11 @@ export class Recording {
       },
       ...(getConfig && { getConfig }),
       ...(setConfig && { setConfig }),
+      ...(getSharedObject && { getSharedObject }),
+      ...(transferState && { transferState }),
       ...(customMessage && {
         customMessage: async (_, message) => {
-          let reply: void | Uint8Array = undefined;
+          let reply: CustomReply = undefined;
           await this.op(device, "customMessage", async () => {
             reply = await customMessage(device, message);
           });

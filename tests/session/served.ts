@@ -23,6 +23,9 @@ import { Recording } from "./recording.ts";
 /** What a target is made of, where it is not the usual. */
 export interface ServeOptions {
   readonly features?: bigint;
+  readonly protocolFeatures?: bigint;
+  readonly deviceType?: string;
+  readonly sharedMemory?: readonly number[];
   /** 4 unless given. */
   readonly queueCount?: number;
   /** The device that does the work; an echo unless given. */
@@ -57,6 +60,9 @@ export function targetOptions(
     transport: "vhost-user",
     address,
     features: options.features ?? virtqueueFeatures,
+    protocolFeatures: options.protocolFeatures,
+    deviceType: options.deviceType,
+    sharedMemory: options.sharedMemory,
     queueCount: options.queueCount ?? 4,
     device: (device) => recording.ops(device, make(device)),
     onError: errors.push,

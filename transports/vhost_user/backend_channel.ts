@@ -10,12 +10,12 @@ import {
   FLAG_REPLY,
   VERSION,
 } from "../../protocol/message.ts";
-import type { BackendChannel } from "../transport.ts";
+import type { BackendChannel, BackendReply } from "../transport.ts";
 import { Channel } from "./channel.ts";
 
 interface PendingReply {
   readonly request: number;
-  resolve(value: bigint): void;
+  resolve(reply: BackendReply): void;
   reject(error: Vhost2Error): void;
 }
 
@@ -34,13 +34,13 @@ export function openBackendChannel(fd: number, name: string): BackendChannel {
     for (;;) {
       const message = await channel.receive();
       if (message === null) break;
-      message.descriptors.close();
       const expected = pending.shift();
       const isReply = (message.flags & FLAG_REPLY) !== 0;
       if (
         expected === undefined || !isReply ||
         message.request !== expected.request || message.payload.length !== 8
       ) {
+        message.descriptors.close();
         expected?.reject(
           new Vhost2Error(
             "PROTOCOL",
@@ -49,28 +49,44 @@ export function openBackendChannel(fd: number, name: string): BackendChannel {
         );
         break;
       }
-      expected.resolve(
-        new DataView(message.payload.buffer).getBigUint64(0, true),
-      );
+      const value = new DataView(message.payload.buffer).getBigUint64(0, true);
+      expected.resolve({ value, descriptors: message.descriptors });
     }
   };
   read().catch(() => {}).finally(() => {
     channel.close();
     failAll();
   });
+  const send = (
+    request: number,
+    payload: Uint8Array,
+    flags: number,
+    fds: readonly number[] | undefined,
+  ) => {
+    if (channel.isOpen) return channel.send({ request, flags, payload, fds });
+    throw new Vhost2Error("CLOSED", `Cannot send on ${name}: it is closed`);
+  };
+  // deno-lint-ignore require-await -- what `send` throws is to be a rejection
+  const exchange: BackendChannel["exchange"] = async (
+    request,
+    payload,
+    { fds } = {},
+  ) => {
+    send(request, payload, VERSION | FLAG_NEED_REPLY, fds);
+    return new Promise<BackendReply>((resolve, reject) => {
+      pending.push({ request, resolve, reject });
+    });
+  };
   return {
-    request(request, payload, options = {}) {
-      if (!channel.isOpen) {
-        return Promise.reject(
-          new Vhost2Error("CLOSED", `Cannot send on ${name}: it is closed`),
-        );
+    exchange,
+    async request(request, payload, { fds, needReply } = {}) {
+      if (!needReply) {
+        send(request, payload, VERSION, fds);
+        return undefined;
       }
-      const flags = VERSION | (options.needReply ? FLAG_NEED_REPLY : 0);
-      channel.send({ request, flags, payload, fds: options.fds });
-      if (!options.needReply) return Promise.resolve(undefined);
-      return new Promise((resolve, reject) => {
-        pending.push({ request, resolve, reject });
-      });
+      const { value, descriptors } = await exchange(request, payload, { fds });
+      descriptors.close();
+      return value;
     },
     close: () => channel.close(),
   };

@@ -1,0 +1,48 @@
+/**
+ * Which protocol features a device is offered with: what the library does by
+ * itself, and what it does where the device's ops answer.
+ *
+ * @module
+ */
+
+import { featureMask, ProtocolFeature } from "../protocol/features.ts";
+import type { TargetOps } from "./target_ops.ts";
+
+const always = featureMask(
+  ProtocolFeature.MQ,
+  ProtocolFeature.REPLY_ACK,
+  ProtocolFeature.BACKEND_REQ,
+  ProtocolFeature.BACKEND_SEND_FD,
+  ProtocolFeature.HOST_NOTIFIER,
+  ProtocolFeature.RESET_DEVICE,
+  ProtocolFeature.CONFIGURE_MEM_SLOTS,
+  ProtocolFeature.STATUS,
+  ProtocolFeature.GPA_ADDRESSES,
+);
+
+const inBand = featureMask(ProtocolFeature.INBAND_NOTIFICATIONS);
+
+/** The mask for a device, whatever its transport can carry. */
+export function offeredProtocolFeatures({ ops, declared, hasSharedMemory }: {
+  readonly ops: TargetOps;
+  /** What the device implements in `customMessage`. */
+  readonly declared: bigint;
+  readonly hasSharedMemory: boolean;
+}): bigint {
+  let offered = always;
+  // QEMU acks INBAND_NOTIFICATIONS without knowing its messages: only a user
+  // who knows his front-end can offer it.
+  offered |= declared & inBand;
+  if (ops.customMessage !== undefined) offered |= declared;
+  if (ops.getConfig !== undefined) {
+    offered |= featureMask(ProtocolFeature.CONFIG);
+  }
+  if (ops.getSharedObject !== undefined) {
+    offered |= featureMask(ProtocolFeature.SHARED_OBJECT);
+  }
+  if (ops.transferState !== undefined) {
+    offered |= featureMask(ProtocolFeature.DEVICE_STATE);
+  }
+  if (hasSharedMemory) offered |= featureMask(ProtocolFeature.SHMEM);
+  return offered;
+}
