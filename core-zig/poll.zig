@@ -55,6 +55,7 @@ pub fn create(wake_fd_out: ?*i32) callconv(.c) i32 {
         return @intCast(value);
     }
     if (isolate_end >= 0) sys.closeQuietly(isolate_end);
+    stopThread(self);
     finish(self);
     return if (result < 0) result else sys.fail(.NFILE);
 }
@@ -171,12 +172,15 @@ pub fn quiet(handle: u32, is_quiet: u32) callconv(.c) i32 {
 
 pub fn close(handle: u32) callconv(.c) i32 {
     const self = polls.remove(handle) orelse return sys.fail(.BADF);
-    if (self.thread) |thread| {
-        descriptor.signalOwn(self.stop);
-        thread.join();
-    }
+    stopThread(self);
     finish(self);
     return 0;
+}
+
+fn stopThread(self: *Poll) void {
+    const thread = self.thread orelse return;
+    descriptor.signalOwn(self.stop);
+    thread.join();
 }
 
 fn finish(self: *Poll) void {

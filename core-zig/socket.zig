@@ -50,9 +50,34 @@ pub fn listen(path: [*]const u8, path_length: u32, mode: u32) callconv(.c) i32 {
     const to = address(path, path_length) orelse return sys.fail(.NAMETOOLONG);
     const fd = open();
     if (fd < 0) return fd;
+    const folder = lockFolder(path[0..path_length]);
+    defer if (folder >= 0) sys.closeQuietly(folder);
     const result = bindAndListen(fd, &to, mode);
     if (result < 0) sys.closeQuietly(fd);
     return if (result < 0) result else fd;
+}
+
+/// sys/file.h
+const lock_exclusive = 2;
+const lock_non_blocking = 4;
+
+/// Between bind and listen a socket looks like a stale one: of two processes
+/// that start at once, one would take the other's away. An advisory lock on
+/// the folder keeps them apart, where it can be had in a second.
+fn lockFolder(path: []const u8) i32 {
+    var buffer: [@sizeOf(linux.sockaddr.un)]u8 = undefined;
+    const end = std.mem.lastIndexOfScalar(u8, path, '/') orelse 0;
+    const folder: []const u8 = if (end > 0) path[0..end] else if (path[0] == '/') "/" else ".";
+    @memcpy(buffer[0..folder.len], folder);
+    buffer[folder.len] = 0;
+    const fd = sys.result(linux.open(@ptrCast(&buffer), .{ .DIRECTORY = true, .CLOEXEC = true }, 0));
+    if (fd < 0) return fd;
+    const pause: linux.timespec = .{ .sec = 0, .nsec = 1_000_000 };
+    for (0..1000) |_| {
+        if (linux.errno(linux.flock(fd, lock_exclusive | lock_non_blocking)) != .AGAIN) break;
+        _ = linux.nanosleep(&pause, null);
+    }
+    return fd;
 }
 
 fn bindAndListen(fd: i32, to: *const linux.sockaddr.un, mode: u32) i32 {

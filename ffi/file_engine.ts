@@ -58,6 +58,8 @@ const word = {
   memory: layouts.IoRequest.memory / 4,
 } as const;
 
+/** Rounds of reaping before the event loop gets its turn. */
+const roundsPerTurn = 8;
 const noSegments = new Uint32Array(0);
 
 /** A request that found the engine full, with segments of its own. */
@@ -126,6 +128,11 @@ export class FileEngine {
   /** "io_uring", or "threads" where that is refused. */
   get kind(): "io_uring" | "threads" {
     return core.ioKind(this.#io) === 1 ? "io_uring" : "threads";
+  }
+
+  /** Whether requests wait because the core's engine has all it can take. */
+  get isFull(): boolean {
+    return this.#waiting.length > 0;
   }
 
   /** Requests not finished. */
@@ -245,7 +252,7 @@ export class FileEngine {
     this.#isReaping = true;
     const completions = this.#completions;
     try {
-      for (;;) {
+      for (let round = 0; round < roundsPerTurn; round++) {
         const count = core.ioReap(this.#io, completions, reapCapacity);
         for (let i = 0; i < count; i++) {
           const tag = completions[i * completionWords];
@@ -260,6 +267,7 @@ export class FileEngine {
         const isMoreDue = this.#waiting.length > 0 && this.#resubmit();
         if (count < reapCapacity && !isMoreDue) return;
       }
+      setImmediate(() => this.reap());
     } finally {
       this.#isReaping = false;
     }

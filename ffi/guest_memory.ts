@@ -302,6 +302,7 @@ export class GuestMemory {
     address: bigint,
     length: number,
   ): Translation | null {
+    if (this.#isClosed) return null;
     const result = core.memoryTranslate(
       this.handle,
       spaces[space],

@@ -114,6 +114,8 @@ export class Session {
     this.sharedMemory = new SharedMemory(options.sharedMemory, this.requests);
     this.device = new Device(this);
     this.sequencer = new Sequencer(options.owner, connection.name);
+    // An op may be waiting for something that only the front-end could end.
+    connection.onHangup = () => this.#end.abort();
     this.memory.onFault = () => {
       this.report(
         new Vhost2Error(
@@ -246,6 +248,7 @@ export class Session {
 
   /** Ends the session: `run` comes to its end. */
   close(): void {
+    this.#end.abort();
     this.connection.close();
     this.#close();
   }

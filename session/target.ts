@@ -70,6 +70,9 @@ export interface DeviceOptions {
 /** Options of `registerTarget`. */
 export type TargetOptions = TransportOptions & DeviceOptions;
 
+/** Errors reported of one front-end: it must not fill the user's log. */
+const maxReports = 1000;
+
 const registered = new Map<string, Target>();
 
 /** A registered target. */
@@ -79,6 +82,7 @@ export class Target {
   readonly #options: TargetOptions;
   readonly #sessions = new Map<Session, Promise<void>>();
   readonly #features: bigint;
+  readonly #reports = new WeakMap<Device, number>();
   #transport: Transport | undefined;
   #unregistered: Promise<void> | undefined;
 
@@ -110,8 +114,25 @@ export class Target {
   }
 
   #report(error: Vhost2Error, device: Device | null): void {
-    if (this.#options.onError === undefined) console.error(error.message);
-    else this.#options.onError(error, device);
+    const isLast = device !== null && this.#count(device) === maxReports;
+    if (device !== null && this.#count(device) > maxReports) return;
+    if (device !== null) this.#reports.set(device, this.#count(device) + 1);
+    try {
+      if (this.#options.onError === undefined) console.error(error.message);
+      else this.#options.onError(error, device);
+      if (isLast) {
+        console.error(
+          `${device.name}: ${maxReports} errors reported, no more are`,
+        );
+      }
+    } catch (failure) {
+      // Whoever is told of a failure must not make another one of it.
+      console.error(`onError of ${this.name} failed:`, failure);
+    }
+  }
+
+  #count(device: Device): number {
+    return this.#reports.get(device) ?? 0;
   }
 
   #serve(connection: Connection): void {

@@ -132,6 +132,11 @@ export interface Connection {
   ): NotificationSink | null;
   /** Opens what SET_BACKEND_REQ_FD gives. */
   openBackendChannel(descriptors: Descriptors): BackendChannel;
+  /**
+   * Called when the front-end has gone, also while nobody receives; there may
+   * be messages of its left.
+   */
+  onHangup: (() => void) | undefined;
   /** Ends the channel; a pending `receive` answers null. */
   close(): void;
 }

@@ -7,7 +7,7 @@
 
 import { constants, layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
-import { check, Errno, errnoName, Vhost2Error } from "../ffi/errors.ts";
+import { check, Errno, errnoName } from "../ffi/errors.ts";
 import { type Batch, sharedBatch } from "./batch.ts";
 import { activate, deactivate, isActive, type Turn } from "./poller.ts";
 import { Request } from "./request.ts";
@@ -17,9 +17,15 @@ import type { StartedQueue } from "./started_queue.ts";
 export interface VirtqueueOptions {
   /**
    * Called when `count` requests are in `virtqueue.batch`. What it needs
-   * beyond its return it must copy.
+   * beyond its return it must copy. It may answer how many bytes it has moved,
+   * so that a turn of the event loop ends in time.
    */
-  process(count: number): void;
+  process(count: number): number | void;
+  /**
+   * Asked before each batch: true while whoever works on earlier requests has
+   * enough of them. The rest stays in the ring until some have completed.
+   */
+  isCongested?(): boolean;
   /**
    * Called when the queue is stopping and a request has not completed in
    * `stopTimeoutMs`: every request still open is to be completed now, with an
@@ -44,6 +50,10 @@ export interface VirtqueueOptions {
  * is met without the cost of going round the loop.
  */
 const looksPerTurn = 50;
+
+/** One turn of a queue ends after so many requests or bytes. */
+const requestsPerTurn = 256;
+const bytesPerTurn = 8 << 20;
 
 /** Between two looks at a polled queue without work, in milliseconds. */
 const idlePollMs = 1;
@@ -113,7 +123,11 @@ export class Virtqueue implements Turn {
   #isOpen = true;
   #isStopping = false;
   #isBroken = false;
+  /** Broken by the device's own fault. */
+  #hasFailed = false;
   #isInTurn = false;
+  /** Work waits in the ring until requests have completed. */
+  #isHeld = false;
   #isFlushScheduled = false;
   #drained: (() => void) | undefined;
   #pollTimer: ReturnType<typeof setTimeout> | undefined;
@@ -159,45 +173,59 @@ export class Virtqueue implements Turn {
   /** The driver kicked: the ring is looked at in this turn. */
   kick(): void {
     if (!this.#isOpen || this.#isStopping || this.#isBroken) return;
+    if (this.#isHeld) return;
     if (isActive(this) || this.#isInTurn) return;
     core.ringDisarm(this.#ring);
     activate(this);
     this.turn();
   }
 
-  /** For the poller: a queue's worth of requests at most. */
+  /** For the poller: a bounded number of requests and bytes. */
   turn(): boolean {
-    if (this.#isStopping || this.#isBroken || this.#isInTurn) return false;
+    if (this.#isInTurn) return false;
     this.#isInTurn = true;
-    let budget = Math.max(this.queue.size, this.batch.maxRequests);
+    this.#isHeld = false;
+    // Never more than the queue holds: what it made available is done then.
+    const most = Math.min(requestsPerTurn, this.queue.size);
+    let requests = 0;
+    let bytes = 0;
     let looks = 0;
     try {
-      while (budget > 0 && !this.#isBroken) {
+      while (
+        requests < most && bytes < bytesPerTurn &&
+        !this.#isStopping && !this.#isBroken
+      ) {
+        if (this.#options.isCongested?.()) {
+          this.#isHeld = true;
+          break;
+        }
         const count = this.popBatch();
         if (count > 0) {
-          budget -= count;
+          requests += count;
           looks = looksPerTurn;
-          this.#options.process(count);
+          bytes += this.#options.process(count) ?? 0;
           if (this.#staged > 0) this.flush();
         } else if (--looks < 0) break;
       }
     } catch (error) {
       // A bug of the device's must not take the other queues' turns away.
-      this.#isBroken = true;
-      this.queue.fail(`its device failed: ${error}`);
+      this.#fail(`its device failed: ${error}`);
     } finally {
       this.#isInTurn = false;
       if (this.#staged > 0) this.flush();
     }
-    return budget < Math.max(this.queue.size, this.batch.maxRequests);
+    return requests > 0;
   }
 
   /** For the poller: kicks are wanted again; false when there is work. */
   rest(): boolean {
     if (this.#isStopping || this.#isBroken) return true;
-    if (this.queue.isPolled) {
-      // No kick will come. Looking without a pause would give a core away to
-      // whoever asks for it.
+    // Held: the next completion makes it active again, no kick is needed.
+    if (this.#isHeld && this.#inFlight > 0) return true;
+    if (this.#isHeld || this.queue.isPolled) {
+      // Congested by others' requests, or no kick will come. Looking without
+      // a pause would give a core away to whoever asks for it.
+      clearTimeout(this.#pollTimer);
       this.#pollTimer = setTimeout(() => activate(this), idlePollMs);
       return true;
     }
@@ -269,15 +297,22 @@ export class Virtqueue implements Turn {
     if (count === 0 || !this.#isOpen) return;
     this.#staged = 0;
     const result = core.ringPush(this.#ring, this.#completions, count);
+    this.#inFlight -= count;
     if (result > 0) this.queue.call();
     else if (result === -Errno.EINVAL) {
-      throw new Vhost2Error(
-        "RING",
-        `Cannot complete requests of queue ${this.queue.index}: a head that is not in flight is among them`,
-      );
+      // What is in flight is not known any more: a stop must not wait for it.
+      this.#inFlight = 0;
+      this.#fail("its device completed a request that was not in flight");
     } else if (result < 0) this.#break(result);
-    this.#inFlight -= count;
-    if (this.#inFlight === 0) this.#drained?.();
+    if (this.#inFlight <= 0) this.#drained?.();
+    if (this.#isHeld && !this.#isInTurn && !this.#isStopping) activate(this);
+  }
+
+  #fail(reason: string): void {
+    if (this.#isBroken) return;
+    this.#isBroken = true;
+    this.#hasFailed = true;
+    this.queue.fail(reason);
   }
 
   #break(errno: number): void {
@@ -319,7 +354,10 @@ export class Virtqueue implements Turn {
   }
 
   async #drain(): Promise<void> {
-    const { stopTimeoutMs = 30_000 } = this.#options;
+    // Nobody may know any more of what a device that failed has popped.
+    const { stopTimeoutMs = 30_000 } = this.#hasFailed
+      ? { stopTimeoutMs: 0 }
+      : this.#options;
     let timer: ReturnType<typeof setTimeout> | undefined;
     const isDrained = await new Promise<boolean>((resolve) => {
       this.#drained = () => resolve(true);

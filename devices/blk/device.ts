@@ -47,7 +47,7 @@ export class BlkDevice implements TargetOps, BlkSession {
   readonly #device: Device;
   readonly #ended: () => void;
   readonly #queues = new Map<Queue, RequestQueue>();
-  #features = 0n;
+  #features: bigint | null = null;
   #isWriteback: boolean;
 
   /** `ended` is called when the front-end has gone. */
@@ -78,7 +78,8 @@ export class BlkDevice implements TargetOps, BlkSession {
   }
 
   deviceFeaturesChanged(_device: Device, features: bigint): void {
-    const isSame = ((features ^ this.#features) & cacheFeatures) === 0n;
+    const isSame = this.#features !== null &&
+      ((features ^ this.#features) & cacheFeatures) === 0n;
     this.#features = features;
     if (isSame) return;
     // Who cannot flush must not need to (5.2.5.2).
@@ -125,7 +126,7 @@ export class BlkDevice implements TargetOps, BlkSession {
         `Cannot write ${data.length} bytes at ${offset} of the configuration: only the byte at ${configField.writeback} can be written`,
       );
     }
-    if (!hasFeature(this.#features, BlkFeature.CONFIG_WCE)) {
+    if (!hasFeature(this.#features ?? 0n, BlkFeature.CONFIG_WCE)) {
       throw new Vhost2Error(
         "PROTOCOL",
         "Cannot change the write cache: CONFIG_WCE was not negotiated",

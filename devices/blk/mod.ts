@@ -199,7 +199,14 @@ export function blkDevice(options: BlkOptions): Blk {
     pollMicroseconds: options.pollMicroseconds,
     isWriteback: options.writeback ?? true,
     capacity: capacityOf(backing.size, geometry.logicalBlockSize),
-    report: options.onError ?? ((error) => console.error(error.message)),
+    report(error, device) {
+      try {
+        if (options.onError === undefined) console.error(error.message);
+        else options.onError(error, device);
+      } catch (failure) {
+        console.error("onError of a disk failed:", failure);
+      }
+    },
   };
   const resize = async (size: number) => {
     const before = disk.capacity;

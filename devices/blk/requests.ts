@@ -112,6 +112,7 @@ export class RequestQueue implements BackingClient {
       stopTimeoutMs: session.stopTimeoutMs,
       pollMicroseconds: session.pollMicroseconds,
       process: (count) => this.#process(count),
+      isCongested: () => this.#backing.isCongested,
       expire: () => this.#expire(),
     });
     this.batch = this.#virtqueue.batch;
@@ -146,10 +147,18 @@ export class RequestQueue implements BackingClient {
     this.#session.report(error);
   }
 
-  #process(count: number): void {
-    const { stride } = this.batch;
-    for (let i = 0; i < count; i++) this.#begin(i * stride);
+  /** Answers how many bytes the batch moves. */
+  #process(count: number): number {
+    const { stride, words } = this.batch;
+    let bytes = 0;
+    for (let i = 0; i < count; i++) {
+      const at = i * stride;
+      bytes += words[at + RequestWord.readableBytes] +
+        words[at + RequestWord.writableBytes];
+      this.#begin(at);
+    }
     this.#backing.submit();
+    return this.#backing.movesData ? bytes : 0;
   }
 
   #begin(at: number): void {

@@ -13,7 +13,7 @@
 import { layouts } from "../../ffi/abi.gen.ts";
 import { core } from "../../ffi/core.ts";
 import { check, Errno, errnoName, Vhost2Error } from "../../ffi/errors.ts";
-import { eventLoop, type Watch } from "../../ffi/event_loop.ts";
+import { EventFlag, eventLoop, type Watch } from "../../ffi/event_loop.ts";
 import {
   HEADER_SIZE,
   MAX_DESCRIPTORS,
@@ -47,6 +47,8 @@ export class Channel {
   #waiter: Waiter | undefined;
   #outbox: { bytes: Uint8Array; sent: number; fds: Int32Array }[] = [];
   #isOpen = true;
+  /** Called when the peer has gone, also while nobody receives. */
+  onHangup: (() => void) | undefined;
 
   /**
    * @param fd a connected stream socket, from here on the channel's
@@ -56,7 +58,10 @@ export class Channel {
     this.#fd = fd;
     this.#name = name;
     try {
-      this.#watch = eventLoop.watch(fd, () => this.#ready());
+      this.#watch = eventLoop.watch(fd, (events) => {
+        this.#ready();
+        if ((events & EventFlag.hangup) !== 0) this.onHangup?.();
+      });
     } catch (error) {
       core.descriptorClose(fd);
       throw error;

@@ -33,6 +33,14 @@ export class VhostUserConnection implements Connection {
     this.#channel = new Channel(fd, name);
   }
 
+  get onHangup(): (() => void) | undefined {
+    return this.#channel.onHangup;
+  }
+
+  set onHangup(handler: (() => void) | undefined) {
+    this.#channel.onHangup = handler;
+  }
+
   receive(): Promise<Message | null> {
     return this.#channel.receive();
   }

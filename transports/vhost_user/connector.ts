@@ -55,6 +55,8 @@ export function connect(
   };
 
   const retry = () => {
+    // The host may have closed us when it was told of the failure.
+    if (!isOpen) return;
     timer = setTimeout(attempt, delayMs);
     delayMs = Math.min(delayMs * 2, maxDelayMs);
   };
@@ -68,6 +70,7 @@ export function connect(
 
   const attempt = () => {
     timer = undefined;
+    if (!isOpen) return;
     const fd = open();
     if (fd < 0) {
       const error = new Vhost2Error(

@@ -34,6 +34,10 @@ export interface BackingClient {
  * `segmentFirst` and on of the client's batch, valid until `submit` returns.
  */
 export interface BackingQueue {
+  /** Whether the event loop stands still while data moves. */
+  readonly movesData: boolean;
+  /** Whether there is work enough: no batch is begun while it is true. */
+  readonly isCongested: boolean;
   read(
     head: number,
     offset: number,

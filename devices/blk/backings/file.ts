@@ -39,6 +39,8 @@ interface OpenFile {
 }
 
 class FileQueue implements BackingQueue, FileClient {
+  // What the page cache has is copied while the engine submits.
+  readonly movesData = true;
   readonly #client: BackingClient;
   readonly #file: OpenFile;
   readonly #engine = FileEngine.acquire();
@@ -134,6 +136,10 @@ class FileQueue implements BackingQueue, FileClient {
     const flags = (mayUnmap ? FileFlag.unmap : 0) |
       (isDurable ? FileFlag.dsync : 0);
     this.#stage(head, FileOperation.writeZeroes, offset, length, flags, 0, 0);
+  }
+
+  get isCongested(): boolean {
+    return this.#engine.isFull;
   }
 
   submit(): void {

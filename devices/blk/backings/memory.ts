@@ -76,6 +76,7 @@ function allocate(size: number): Uint8Array<ArrayBuffer> {
 }
 
 class MemoryQueue implements BackingQueue {
+  readonly movesData = true;
   readonly #client: BackingClient;
   readonly #storage: Storage;
   readonly #slices: Slices;
@@ -88,6 +89,10 @@ class MemoryQueue implements BackingQueue {
     this.#storage = storage;
     this.#slices = new Slices(client, storage);
     this.#heads = new Uint32Array(client.batch.maxRequests);
+  }
+
+  get isCongested(): boolean {
+    return this.#slices.isCongested;
   }
 
   read(
@@ -120,7 +125,14 @@ class MemoryQueue implements BackingQueue {
     access: number,
   ): void {
     if (bytes > largeBytes) {
-      this.#slices.copy(head, offset, segmentFirst, segmentCount, access);
+      this.#slices.copy(
+        head,
+        offset,
+        bytes,
+        segmentFirst,
+        segmentCount,
+        access,
+      );
       return;
     }
     const { words, segments } = this.#client.batch;
@@ -153,9 +165,8 @@ class MemoryQueue implements BackingQueue {
   }
 
   #zero(head: number, offset: number, length: number): void {
-    if (length > largeBytes) return this.#slices.zero(head, offset, length);
-    this.#storage.zero(offset, length);
-    this.#client.finish(head, Status.OK);
+    // Many ranges make one request: each waits for its slice.
+    this.#slices.zero(head, offset, length);
   }
 
   submit(): void {

@@ -9,6 +9,8 @@ import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
 import { Status } from "./backing.ts";
 
 class NullQueue implements BackingQueue {
+  readonly movesData = false;
+  readonly isCongested = false;
   readonly #client: BackingClient;
 
   constructor(client: BackingClient) {

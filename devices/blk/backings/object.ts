@@ -99,6 +99,7 @@ class Segments {
 }
 
 class ObjectQueue implements BackingQueue {
+  readonly movesData = false;
   readonly #client: BackingClient;
   readonly #object: DiskObject;
   #running = 0;
@@ -108,6 +109,10 @@ class ObjectQueue implements BackingQueue {
   constructor(client: BackingClient, object: DiskObject) {
     this.#client = client;
     this.#object = object;
+  }
+
+  get isCongested(): boolean {
+    return this.#waiting.length > 0;
   }
 
   /** Runs `work` now or when there is room, and ends the request as it does. */

@@ -13,23 +13,25 @@ import { Copies } from "./copies.ts";
 
 /** A request of more bytes is done in slices. */
 export const largeBytes: number = 256 << 10;
+const noSegments = new Uint32Array(0);
 /** Bytes per turn of the event loop. */
 const sliceBytes = 4 << 20;
 
-/** A stretch of one request: a copy, or zeroing where there is no segment. */
-interface Piece {
-  readonly view: number;
-  readonly offset: number;
-  readonly length: number;
-  readonly position: number;
-}
+/** More requests than this, and no batch is begun until some have ended. */
+const enough = 16;
 
 interface Work {
   readonly head: number;
+  /** 0: zeroing, and no segments. */
   readonly access: number;
-  readonly pieces: Piece[];
-  /** Bytes done of the first piece. */
+  /** The request's segments, as the batch had them. */
+  readonly segments: Uint32Array<ArrayBuffer>;
+  /** Word of the segment in hand, and bytes of it that are done. */
+  at: number;
   done: number;
+  /** Where on the disk it goes on, and how many bytes are left. */
+  position: number;
+  left: number;
 }
 
 /** What the slices are cut from. */
@@ -51,35 +53,44 @@ export class Slices {
     this.#storage = storage;
   }
 
+  get isCongested(): boolean {
+    return this.#work.length >= enough;
+  }
+
   /** A copy; the segments are taken out of the batch here. */
   copy(
     head: number,
     position: number,
+    length: number,
     segmentFirst: number,
     segmentCount: number,
     access: number,
   ): void {
     const { words, segments } = this.#client.batch;
-    const pieces: Piece[] = [];
-    let at = segments + segmentFirst * SegmentWord.count;
-    let next = position;
-    for (let i = 0; i < segmentCount; i++, at += SegmentWord.count) {
-      const length = words[at + SegmentWord.length];
-      pieces.push({
-        view: words[at + SegmentWord.view],
-        offset: words[at + SegmentWord.offset],
-        length,
-        position: next,
-      });
-      next += length;
-    }
-    this.#add({ head, access, pieces, done: 0 });
+    const start = segments + segmentFirst * SegmentWord.count;
+    const own = words.slice(start, start + segmentCount * SegmentWord.count);
+    this.#add({
+      head,
+      access,
+      segments: own,
+      at: 0,
+      done: 0,
+      position,
+      left: length,
+    });
   }
 
   /** Zeroing. */
   zero(head: number, position: number, length: number): void {
-    const piece = { view: 0, offset: 0, length, position };
-    this.#add({ head, access: 0, pieces: [piece], done: 0 });
+    this.#add({
+      head,
+      access: 0,
+      segments: noSegments,
+      at: 0,
+      done: 0,
+      position,
+      left: length,
+    });
   }
 
   #add(work: Work): void {
@@ -102,37 +113,49 @@ export class Slices {
     if (this.#work.length > 0) this.#schedule();
   }
 
-  /** Does up to `budget` bytes of one piece; answers how many. */
+  /** Does up to `budget` bytes of one segment; answers how many. */
   #slice(work: Work, budget: number): number {
-    const { head, access, pieces } = work;
     // Given up by a queue that stops: its memory may be gone.
-    if (!this.#client.isOpen(head)) {
+    if (!this.#client.isOpen(work.head)) {
       this.#work.shift();
       return 0;
     }
-    const piece = pieces[0];
-    const length = Math.min(budget, piece.length - work.done);
-    const position = piece.position + work.done;
-    if (access === 0) {
-      this.#storage.zero(position, length);
-    } else {
-      const offset = piece.offset + work.done;
-      this.#copies.add(piece.view, offset, length, access, position);
-      const { memory } = this.#client.queue;
-      if (!this.#copies.run(memory, this.#storage.bytes)) {
-        this.#work.shift();
-        this.#client.finish(head, Status.IOERR);
-        return length;
-      }
-    }
-    work.done += length;
-    if (work.done === piece.length) {
-      pieces.shift();
-      work.done = 0;
-    }
-    if (pieces.length === 0) {
+    const length = work.access === 0
+      ? this.#zero(work, budget)
+      : this.#copy(work, budget);
+    work.position += length;
+    work.left -= length;
+    if (length === 0 || work.left === 0) {
       this.#work.shift();
-      this.#client.finish(head, Status.OK);
+      this.#client.finish(work.head, length === 0 ? Status.IOERR : Status.OK);
+    }
+    return length;
+  }
+
+  #zero(work: Work, budget: number): number {
+    const length = Math.min(budget, work.left);
+    this.#storage.zero(work.position, length);
+    return length;
+  }
+
+  /** 0 when guest memory has gone. */
+  #copy(work: Work, budget: number): number {
+    const { segments, at } = work;
+    const rest = segments[at + SegmentWord.length] - work.done;
+    const length = Math.min(budget, rest);
+    this.#copies.add(
+      segments[at + SegmentWord.view],
+      segments[at + SegmentWord.offset] + work.done,
+      length,
+      work.access,
+      work.position,
+    );
+    const { memory } = this.#client.queue;
+    if (!this.#copies.run(memory, this.#storage.bytes)) return 0;
+    work.done += length;
+    if (length === rest) {
+      work.at += SegmentWord.count;
+      work.done = 0;
     }
     return length;
   }
