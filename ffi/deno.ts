@@ -7,6 +7,8 @@
 import { type Binding, type Core, declarations } from "./binding.ts";
 import {
   descriptorFolder,
+  F_GETFL,
+  isMadeHere,
   LOCK_EX,
   lockPath,
   memfdLink,
@@ -38,6 +40,7 @@ function openLibc() {
     open: { parameters: ["buffer", "i32"], result: "i32" },
     flock: { parameters: ["i32", "i32"], result: "i32" },
     close: { parameters: ["i32"], result: "i32" },
+    fcntl: { parameters: ["i32", "i32"], result: "i32" },
     opendir: { parameters: ["buffer"], result: "pointer" },
     readdir: { parameters: ["pointer"], result: "pointer" },
     closedir: { parameters: ["pointer"], result: "i32" },
@@ -76,6 +79,7 @@ function findMemfd(libc: Libc, name: string): number {
       length === wanted.length &&
       new TextDecoder().decode(target.subarray(0, length)) === wanted
     ) {
+      if (!isMadeHere(libc.fcntl(Number(number), F_GETFL))) continue;
       found = Number(number);
       break;
     }

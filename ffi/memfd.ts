@@ -24,6 +24,19 @@ export const LOCK_EX = 2;
 export const O_RDONLY = 0;
 export const O_CLOEXEC = 0o2000000;
 
+export const F_GETFL = 3;
+
+/**
+ * Whether a descriptor's flags are those of the memfd that was made. A loader
+ * that opens it in another thread has, for a moment, a descriptor with the
+ * same link, but opened for reading only.
+ */
+export function isMadeHere(flags: number): boolean {
+  const O_ACCMODE = 3;
+  const O_RDWR = 2;
+  return flags >= 0 && (flags & O_ACCMODE) === O_RDWR;
+}
+
 /** Named by content: the same bytes are the same core. */
 export function memfdName(bytes: Uint8Array): string {
   const digest = createHash("sha256").update(bytes).digest("hex");

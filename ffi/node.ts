@@ -21,6 +21,8 @@ import {
 } from "./binding.ts";
 import {
   descriptorFolder,
+  F_GETFL,
+  isMadeHere,
   LOCK_EX,
   lockPath,
   memfdLink,
@@ -62,10 +64,13 @@ function bind(path: string): Core {
 
 /** An open descriptor of this process that is the memfd `name`, or -1. */
 function findMemfd(name: string): number {
+  const fcntl = koffi.load(null).func("fcntl", "int", ["int", "int"]);
   for (const number of readdirSync(descriptorFolder)) {
     try {
       const target = readlinkSync(`${descriptorFolder}/${number}`);
-      if (target === memfdLink(name)) return Number(number);
+      const isFound = target === memfdLink(name) &&
+        isMadeHere(fcntl(Number(number), F_GETFL));
+      if (isFound) return Number(number);
     } catch {
       // Closed in the meantime, as the one that lists them is.
     }
