@@ -5,6 +5,7 @@
  */
 
 import { Vhost2Error } from "../ffi/errors.ts";
+import { BlkFeature } from "../protocol/blk.ts";
 import { featureMask, hasFeature } from "../protocol/features.ts";
 import {
   type RingFormatOptions,
@@ -14,20 +15,15 @@ import {
 } from "./device.ts";
 import type { QueueDriver } from "./queue_driver.ts";
 
-/** VIRTIO_BLK_F_*. */
-export const BlkFeature = {
-  SIZE_MAX: 1,
-  SEG_MAX: 2,
-  GEOMETRY: 4,
-  RO: 5,
-  BLK_SIZE: 6,
-  FLUSH: 9,
-  TOPOLOGY: 10,
-  CONFIG_WCE: 11,
-  MQ: 12,
-  DISCARD: 13,
-  WRITE_ZEROES: 14,
-} as const;
+export { BlkFeature };
+
+/** What this client can do: no zones, lifetimes or secure erase. */
+const knownFeatures = featureMask(...Object.values(BlkFeature)) &
+  ~featureMask(
+    BlkFeature.LIFETIME,
+    BlkFeature.SECURE_ERASE,
+    BlkFeature.ZONED,
+  );
 
 /** VIRTIO_BLK_T_*. */
 export const BlkRequestType = {
@@ -200,7 +196,7 @@ export class BlkClient {
     options: VhostUserDeviceOptions & Partial<RingFormatOptions>,
   ): Promise<BlkClient> {
     const device = await VhostUserDevice.open({
-      features: supportedFeatures | featureMask(...Object.values(BlkFeature)),
+      features: supportedFeatures | knownFeatures,
       packed: false,
       ...options,
     });

@@ -200,6 +200,22 @@ export class GuestRam {
     return region.bytes.subarray(offset, offset + length);
   }
 
+  /** The bytes of a ring's part, which must be aligned; without a copy. */
+  ringPart(
+    name: string,
+    address: bigint,
+    length: number,
+    alignment: bigint,
+  ): Uint8Array<ArrayBuffer> {
+    if (address % alignment === 0n) return this.bytes(address, length);
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot place the ${name} part at 0x${
+        address.toString(16)
+      }: it must be aligned to ${alignment} bytes`,
+    );
+  }
+
   /** A copy of `length` bytes. */
   read(address: bigint, length: number): Uint8Array<ArrayBuffer> {
     return this.bytes(address, length).slice();

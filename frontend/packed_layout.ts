@@ -8,7 +8,6 @@
  * @module
  */
 
-import { Vhost2Error } from "../ffi/errors.ts";
 import type { GuestRam } from "./guest_ram.ts";
 import type { DriverAddresses } from "./queue_driver.ts";
 
@@ -119,16 +118,8 @@ export class PackedLayout {
     this.queueSize = queueSize;
     this.addresses = addresses;
     const sizes = packedSizes(queueSize);
-    const part = (name: keyof DriverAddresses, alignment: bigint) => {
-      const address = addresses[name];
-      if (address % alignment === 0n) return ram.bytes(address, sizes[name]);
-      throw new Vhost2Error(
-        "OPTION",
-        `Cannot place the ${name} part at 0x${
-          address.toString(16)
-        }: it must be aligned to ${alignment} bytes`,
-      );
-    };
+    const part = (name: keyof DriverAddresses, alignment: bigint) =>
+      ram.ringPart(name, addresses[name], sizes[name], alignment);
     const ring = part("descriptor", 16n);
     const driver = part("available", 4n);
     const device = part("used", 4n);

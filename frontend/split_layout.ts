@@ -10,7 +10,6 @@
  * @module
  */
 
-import { Vhost2Error } from "../ffi/errors.ts";
 import type { GuestRam } from "./guest_ram.ts";
 import type { DriverAddresses, UsedElement } from "./queue_driver.ts";
 
@@ -77,16 +76,8 @@ export class SplitLayout {
     this.queueSize = queueSize;
     this.addresses = addresses;
     const sizes = splitSizes(queueSize);
-    const part = (name: keyof SplitAddresses, alignment: bigint) => {
-      const address = addresses[name];
-      if (address % alignment === 0n) return ram.bytes(address, sizes[name]);
-      throw new Vhost2Error(
-        "OPTION",
-        `Cannot place the ${name} part at 0x${
-          address.toString(16)
-        }: it must be aligned to ${alignment} bytes`,
-      );
-    };
+    const part = (name: keyof SplitAddresses, alignment: bigint) =>
+      ram.ringPart(name, addresses[name], sizes[name], alignment);
     const table = part("descriptor", 16n);
     const available = part("available", 2n);
     const used = part("used", 4n);

@@ -6,26 +6,11 @@
  */
 
 import { Vhost2Error } from "../../ffi/errors.ts";
+import { BlkFeature } from "../../protocol/blk.ts";
 import { featureMask } from "../../protocol/features.ts";
 import { virtqueueFeatures } from "../../virtqueue/mod.ts";
 
-/** Feature bits of a block device: VIRTIO_BLK_F_*. */
-export const BlkFeature = {
-  SIZE_MAX: 1,
-  SEG_MAX: 2,
-  GEOMETRY: 4,
-  RO: 5,
-  BLK_SIZE: 6,
-  FLUSH: 9,
-  TOPOLOGY: 10,
-  CONFIG_WCE: 11,
-  MQ: 12,
-  DISCARD: 13,
-  WRITE_ZEROES: 14,
-  LIFETIME: 15,
-  SECURE_ERASE: 16,
-  ZONED: 17,
-} as const;
+export { BlkFeature };
 
 /** Capacity, and all sectors on the wire, are in these, whatever the block. */
 export const sectorSize = 512;
