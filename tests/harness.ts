@@ -8,16 +8,34 @@
 type Body = () => void | Promise<void>;
 
 interface Test {
-  (name: string, body: Body): void;
+  /** Fails when `body` has not ended after `limitSeconds`; 180 unless given. */
+  (name: string, body: Body, limitSeconds?: number): void;
   /** Counts as skipped; `reason` says why and what would run it. */
   skip(name: string, reason: string): void;
 }
 
 const deno = (globalThis as any).Deno;
 
+/** A test that waits for what never comes fails, and the others still run. */
+function limited(body: Body, limitSeconds = 180): () => Promise<void> {
+  return async () => {
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    const limit = new Promise<never>((_, reject) => {
+      const end = () => reject(new Error(`not done in ${limitSeconds} s`));
+      timer = setTimeout(end, limitSeconds * 1000);
+    });
+    try {
+      await Promise.race([body(), limit]);
+    } finally {
+      clearTimeout(timer);
+    }
+  };
+}
+
 async function make(): Promise<Test> {
   if (deno?.test) {
-    const run = ((name: string, body: Body) => deno.test(name, body)) as Test;
+    const run = ((name: string, body: Body, limitSeconds?: number) =>
+      deno.test(name, limited(body, limitSeconds))) as Test;
     run.skip = (name, reason) =>
       deno.test({
         name: `${name} (skipped: ${reason})`,
@@ -27,8 +45,8 @@ async function make(): Promise<Test> {
     return run;
   }
   const node = await import("node:test");
-  const run = ((name: string, body: Body) => {
-    node.test(name, async () => await body());
+  const run = ((name: string, body: Body, limitSeconds?: number) => {
+    node.test(name, limited(body, limitSeconds));
   }) as Test;
   run.skip = (name, reason) => {
     node.test(name, { skip: reason }, () => {});

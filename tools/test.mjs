@@ -5,6 +5,9 @@ import { join } from "node:path";
 import process from "node:process";
 import { BIN, DENO, ROOT } from "./setup.mjs";
 
+/** A suite that has not ended after so many minutes never will. */
+const LIMIT_MINUTES = 20;
+
 /** @typedef {{ passed: number, failed: number, skipped: number }} Counts */
 /** @typedef {{ command: string[], count: (output: string) => Counts, needsGuest: boolean }} Suite */
 
@@ -82,7 +85,22 @@ function runShown([program, ...args]) {
       cwd: ROOT,
       env: { ...process.env, NO_COLOR: "1" },
       stdio: ["ignore", "pipe", "pipe"],
+      // Its own process group, so that its whole family can be ended.
+      detached: true,
     });
+    const end = (/** @type {NodeJS.Signals} */ signal) => {
+      try {
+        if (child.pid) process.kill(-child.pid, signal);
+      } catch {
+        // It has just ended.
+      }
+    };
+    const stop = () => {
+      end("SIGTERM");
+      process.exit(130);
+    };
+    process.once("SIGINT", stop).once("SIGTERM", stop);
+    const limit = setTimeout(() => end("SIGKILL"), LIMIT_MINUTES * 60_000);
     let output = "";
     const take = (
       /** @type {import("node:stream").Readable} */ from,
@@ -98,6 +116,8 @@ function runShown([program, ...args]) {
     take(child.stderr, process.stderr);
     child.on("error", (error) => resolve({ output, status: error.message }));
     child.on("close", (code, signal) => {
+      clearTimeout(limit);
+      process.off("SIGINT", stop).off("SIGTERM", stop);
       const status = signal ? `ended by ${signal}` : `exit code ${code}`;
       resolve({ output, status });
     });
