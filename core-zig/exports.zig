@@ -53,7 +53,6 @@ pub const manifest = .{
     .{ "poll_create", poll.create, "wake_fd_out" },
     .{ "poll_add", poll.add, "poll fd token writable" },
     .{ "poll_remove", poll.remove, "poll fd" },
-    .{ "poll_drain", poll.drain, "poll events_out capacity" },
     .{ "poll_wait", poll.wait, "poll timeout_us events_out capacity" },
     .{ "poll_quiet", poll.quiet, "poll is_quiet" },
     .{ "poll_close", poll.close, "poll" },

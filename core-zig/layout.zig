@@ -119,6 +119,14 @@ pub const RingConfig = extern struct {
     flags: u32,
 };
 
+/// Why `ring_create` refused: the number of descriptors, one of the areas, or
+/// another field (space, base, header_bytes, trailer_bytes, flags).
+pub const refuse_ring_size: u32 = 1;
+pub const refuse_ring_descriptor_area: u32 = 2;
+pub const refuse_ring_available_area: u32 = 3;
+pub const refuse_ring_used_area: u32 = 4;
+pub const refuse_ring_config: u32 = 5;
+
 /// Why a ring is broken (`RingState.broken`).
 pub const broken_none: u32 = 0;
 pub const broken_available_index: u32 = 1; // more than `size` ahead of us
@@ -225,7 +233,7 @@ pub const Copy = extern struct {
     buffer_offset: u64,
 };
 
-/// `poll_drain`: which descriptor is ready and how.
+/// `poll_wait`: which descriptor is ready and how.
 pub const PollEvent = extern struct {
     token: u32,
     events: u32,

@@ -97,7 +97,7 @@ fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
 }
 
 fn wakeIsolate(self: *Poll) void {
-    // Pairs with the store in `drain`: the isolate clears `pending` first and
+    // Pairs with the store in `wait`: the isolate clears `pending` first and
     // looks afterwards, so an event that comes in between wakes it again.
     if (self.pending.swap(1, .acq_rel) != 0) return;
     const byte = [1]u8{1};
@@ -126,14 +126,9 @@ pub fn remove(handle: u32, fd: i32) callconv(.c) i32 {
     return control(self.epoll, linux.EPOLL.CTL_DEL, fd, 0, 0);
 }
 
-/// What is ready, without waiting. When `capacity` events were returned there
-/// may be more: call again.
-pub fn drain(handle: u32, events_out: [*]layout.PollEvent, capacity: u32) callconv(.c) i32 {
-    return wait(handle, 0, events_out, capacity);
-}
-
-/// Waits up to `timeout_us` microseconds (a Worker's wait; keep it at 100,000
-/// or less), or not at all with 0.
+/// What is ready: waits for it up to `timeout_us` microseconds (a Worker's
+/// wait; keep it at 100,000 or less), or not at all with 0. When `capacity`
+/// events were returned there may be more: call again.
 pub fn wait(handle: u32, timeout_us: u32, events_out: [*]layout.PollEvent, capacity: u32) callconv(.c) i32 {
     const self = polls.get(handle) orelse return sys.fail(.BADF);
     self.pending.store(0, .seq_cst);
@@ -211,10 +206,10 @@ test "an event wakes the isolate once, and again after a drain" {
         descriptor.signalOwn(event);
         try readWake(wake);
         var events: [4]layout.PollEvent = undefined;
-        try testing.expectEqual(1, drain(poll_handle, &events, events.len));
+        try testing.expectEqual(1, wait(poll_handle, 0, &events, events.len));
         try testing.expectEqual(42, events[0].token);
         // Edge-triggered: nothing more although nobody read the counter.
-        try testing.expectEqual(0, drain(poll_handle, &events, events.len));
+        try testing.expectEqual(0, wait(poll_handle, 0, &events, events.len));
     }
 }
 
@@ -249,7 +244,7 @@ test "in the quiet nobody is woken, and what came is told at its end" {
     try testing.expectEqual(0, quiet(poll_handle, 0));
     try readWake(wake);
     var events: [4]layout.PollEvent = undefined;
-    try testing.expectEqual(1, drain(poll_handle, &events, events.len));
+    try testing.expectEqual(1, wait(poll_handle, 0, &events, events.len));
 }
 
 test "a regular file cannot be watched, a dead handle is refused" {

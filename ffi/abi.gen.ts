@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 669394727;
+export const abiHash = 538017470;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -136,12 +136,6 @@ export const functions = {
     symbol: "vhost2_poll_remove",
     parameters: ["u32", "i32"],
     names: "poll, fd",
-    result: "i32",
-  },
-  pollDrain: {
-    symbol: "vhost2_poll_drain",
-    parameters: ["u32", "buffer", "u32"],
-    names: "poll, eventsOut, capacity",
     result: "i32",
   },
   pollWait: {
@@ -524,6 +518,11 @@ export const constants = {
   memoryOk: 0,
   memoryFaulted: 1,
   memoryRevoked: 2,
+  refuseRingSize: 1,
+  refuseRingDescriptorArea: 2,
+  refuseRingAvailableArea: 3,
+  refuseRingUsedArea: 4,
+  refuseRingConfig: 5,
   brokenNone: 0,
   brokenAvailableIndex: 1,
   brokenHead: 2,

@@ -6,9 +6,20 @@
 
 /**
  * INDIRECT_DESC (28), EVENT_IDX (29) and PACKED (34) as a mask, for the
- * `features` of a device that uses `virtqueue/`. IN_ORDER (35) can be processed too, but a
- * device that completes out of order gains nothing from it: completions are
- * held back until their turn.
+ * `features` of a device that uses `virtqueue/`.
+ *
+ * Three more work where a device offers them, but are nothing to offer unasked
+ * (virtio 1.3, section 6):
+ *
+ * - IN_ORDER (35): completions are held back until their turn, and one used
+ *   element stands for as many as were written completely. A device that
+ *   completes out of order only gets slower by it.
+ * - NOTIFICATION_DATA (38): the data is for who traps the notification, which
+ *   is the front-end. It passes on a kick, and that is all there is to read.
+ * - RING_RESET (40): a queue can be stopped, and started with another size,
+ *   while the others run. But some front-ends, QEMU among them, accept the
+ *   feature and tell a vhost-user back-end nothing of the reset, so that it
+ *   would go on with a ring that the driver has taken back.
  */
 export const virtqueueFeatures: bigint = (1n << 28n) | (1n << 29n) |
   (1n << 34n);

@@ -80,6 +80,21 @@ const brokenReasons: Record<number, (value: bigint) => string> = {
   [constants.brokenEmpty]: () => `a chain is empty`,
 };
 
+const hex = (value: bigint | number) => `0x${value.toString(16)}`;
+
+/** What of a ring the core refused; the errno says in which way. */
+const refusedFields: Record<number, (queue: StartedQueue) => string> = {
+  [constants.refuseRingSize]: ({ size }) => `its size of ${size}`,
+  [constants.refuseRingDescriptorArea]: ({ addresses }) =>
+    `its descriptor area at ${hex(addresses.descriptor)}`,
+  [constants.refuseRingAvailableArea]: ({ addresses }) =>
+    `its driver area at ${hex(addresses.available)}`,
+  [constants.refuseRingUsedArea]: ({ addresses }) =>
+    `its device area at ${hex(addresses.used)}`,
+  [constants.refuseRingConfig]: ({ availableIndex }) =>
+    `its base ${hex(availableIndex)}, headerBytes or trailerBytes`,
+};
+
 const stateWords = new DataView(new ArrayBuffer(layouts.RingState.byteSize));
 const configWords = new DataView(new ArrayBuffer(layouts.RingConfig.byteSize));
 const reasonOut = new Uint32Array(1);
@@ -102,7 +117,14 @@ function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
   configWords.setUint32(field.trailerBytes, options.trailerBytes ?? 0, true);
   configWords.setUint32(field.flags, 0, true);
   const result = core.ringCreate(queue.memory.handle, configWords, reasonOut);
-  return check(result, `Cannot process queue ${queue.index}`);
+  const action = `Cannot process queue ${queue.index}`;
+  const refused = refusedFields[reasonOut[0]];
+  return check(
+    result,
+    result < 0 && refused !== undefined
+      ? `${action}: ${refused(queue)}`
+      : action,
+  );
 }
 
 /**

@@ -138,22 +138,22 @@ test "a ring that is not whole, aligned and of a legal size is refused" {
     const end = high + uva_offset;
     const Case = struct { field: enum { size, descriptors, available, used, header, trailer, space }, value: u64, errno: linux.E, reason: u32 };
     const cases = [_]Case{
-        .{ .field = .size, .value = 0, .errno = .INVAL, .reason = rings.refuse_size },
-        .{ .field = .size, .value = 12, .errno = .INVAL, .reason = rings.refuse_size },
-        .{ .field = .size, .value = 65536, .errno = .INVAL, .reason = rings.refuse_size },
-        .{ .field = .size, .value = 0x8000_0000, .errno = .INVAL, .reason = rings.refuse_size },
-        .{ .field = .descriptors, .value = low + uva_offset + 8, .errno = .INVAL, .reason = rings.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = low, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = end - 8 * 16 + 16, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
-        .{ .field = .descriptors, .value = std.math.maxInt(u64) - 15, .errno = .FAULT, .reason = rings.refuse_descriptor_area },
-        .{ .field = .available, .value = low + uva_offset + 1, .errno = .INVAL, .reason = rings.refuse_available_area },
+        .{ .field = .size, .value = 0, .errno = .INVAL, .reason = layout.refuse_ring_size },
+        .{ .field = .size, .value = 12, .errno = .INVAL, .reason = layout.refuse_ring_size },
+        .{ .field = .size, .value = 65536, .errno = .INVAL, .reason = layout.refuse_ring_size },
+        .{ .field = .size, .value = 0x8000_0000, .errno = .INVAL, .reason = layout.refuse_ring_size },
+        .{ .field = .descriptors, .value = low + uva_offset + 8, .errno = .INVAL, .reason = layout.refuse_ring_descriptor_area },
+        .{ .field = .descriptors, .value = low, .errno = .FAULT, .reason = layout.refuse_ring_descriptor_area },
+        .{ .field = .descriptors, .value = end - 8 * 16 + 16, .errno = .FAULT, .reason = layout.refuse_ring_descriptor_area },
+        .{ .field = .descriptors, .value = std.math.maxInt(u64) - 15, .errno = .FAULT, .reason = layout.refuse_ring_descriptor_area },
+        .{ .field = .available, .value = low + uva_offset + 1, .errno = .INVAL, .reason = layout.refuse_ring_available_area },
         // Only the event field is over the border.
-        .{ .field = .available, .value = end - 20, .errno = .FAULT, .reason = rings.refuse_available_area },
-        .{ .field = .used, .value = low + uva_offset + 2, .errno = .INVAL, .reason = rings.refuse_used_area },
-        .{ .field = .used, .value = end - 68, .errno = .FAULT, .reason = rings.refuse_used_area },
-        .{ .field = .header, .value = 257, .errno = .INVAL, .reason = rings.refuse_config },
-        .{ .field = .trailer, .value = 2, .errno = .INVAL, .reason = rings.refuse_config },
-        .{ .field = .space, .value = 2, .errno = .INVAL, .reason = rings.refuse_config },
+        .{ .field = .available, .value = end - 20, .errno = .FAULT, .reason = layout.refuse_ring_available_area },
+        .{ .field = .used, .value = low + uva_offset + 2, .errno = .INVAL, .reason = layout.refuse_ring_used_area },
+        .{ .field = .used, .value = end - 68, .errno = .FAULT, .reason = layout.refuse_ring_used_area },
+        .{ .field = .header, .value = 257, .errno = .INVAL, .reason = layout.refuse_ring_config },
+        .{ .field = .trailer, .value = 2, .errno = .INVAL, .reason = layout.refuse_ring_config },
+        .{ .field = .space, .value = 2, .errno = .INVAL, .reason = layout.refuse_ring_config },
     };
     for (cases) |case| {
         var config = guest.ringConfig();
@@ -211,6 +211,7 @@ fn randomRounds(guest: *Guest, random: std.Random) !void {
     const is_in_order = guest.options.features & feature_in_order != 0;
     // Heads that the device has not given back, and the order of the pops.
     var owned: [64]bool = @splat(false);
+    var writable: [64]u32 = @splat(0);
     var order: [20 * 64]u32 = undefined;
     var order_count: u32 = 0;
     var used: u16 = 0;
@@ -234,6 +235,7 @@ fn randomRounds(guest: *Guest, random: std.Random) !void {
             }
             guest.describe(Guest.descriptors, head, table, 16 * @as(u32, parts), indirect, 0);
             guest.offer(head);
+            writable[head] = model.writable;
             offered[offered_count] = model;
             offered_count += 1;
         }
@@ -269,10 +271,15 @@ fn randomRounds(guest: *Guest, random: std.Random) !void {
         try expectEqual(taken_count, guest.state().in_flight);
         while (used != guest.usedIndex()) : (used += 1) {
             const element = guest.usedAt(used);
+            // IN_ORDER: those before it in its run were written completely.
+            while (is_in_order and order[used] != element.id) : (used += 1) {
+                try expect(used != guest.usedIndex());
+                try expectEqual(order[used] + 100, writable[order[used]]);
+                owned[order[used]] = false;
+            }
             try expect(owned[element.id]);
             try expectEqual(element.id + 100, element.length);
             owned[element.id] = false;
-            if (is_in_order) try expectEqual(order[used], element.id);
         }
         if (!is_in_order or taken_count == 0) try expectEqual(completed, used);
     }

@@ -154,7 +154,7 @@ pub const Packed = struct {
             const count = try self.walk(ring, batch, word, left, &id);
             try ring.requireFree(batch, id);
             try batch.finish(id, @truncate(ring.popped));
-            ring.own(id);
+            ring.own(batch, id);
             self.lengths[id] = @intCast(count);
             self.outstanding += count;
             self.available = self.available.after(count, ring.size);
@@ -187,8 +187,13 @@ pub const Packed = struct {
         }
     }
 
+    /// How many descriptors a request of this buffer id has.
+    pub inline fn stepsOf(self: *const Packed, id: u32) u32 {
+        return self.lengths[id];
+    }
+
     /// Writes a used descriptor; `announce` makes it visible.
-    pub inline fn publish(self: *Packed, ring: *const Ring, id: u32, written: u32) void {
+    pub inline fn publish(self: *Packed, ring: *const Ring, id: u32, written: u32, steps: u32) void {
         const flags = self.used.usedFlags() | if (written != 0) chain.flag_write else 0;
         const word = @as(u64, flags) << flags_shift | @as(u64, id) << id_shift | written;
         if (self.has_first) {
@@ -198,9 +203,8 @@ pub const Packed = struct {
             self.first_slot = self.used.slot;
             self.first_word = word;
         }
-        const count = self.lengths[id];
-        self.outstanding -= count;
-        self.used = self.used.after(count, ring.size);
+        self.outstanding -= steps;
+        self.used = self.used.after(steps, ring.size);
     }
 
     /// Whether anything was published.

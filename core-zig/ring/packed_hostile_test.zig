@@ -124,18 +124,18 @@ test "a packed ring that is not whole, aligned, in its base and of a legal size 
     const end = high + uva_offset;
     const Field = enum { size, base, descriptors, driver, device };
     const cases = [_]struct { Field, u64, linux.E, u32 }{
-        .{ .size, 0, .INVAL, rings.refuse_size },
-        .{ .size, 32769, .INVAL, rings.refuse_size },
-        .{ .size, 0xffff_ffff, .INVAL, rings.refuse_size },
-        .{ .base, 0x8000_8008, .INVAL, rings.refuse_config },
-        .{ .base, 0x8008_8000, .INVAL, rings.refuse_config },
-        .{ .base, 0xffff_8000, .INVAL, rings.refuse_config },
-        .{ .descriptors, low + uva_offset + 8, .INVAL, rings.refuse_descriptor_area },
-        .{ .descriptors, end - 8 * 16 + 16, .FAULT, rings.refuse_descriptor_area },
-        .{ .driver, low + uva_offset + 2, .INVAL, rings.refuse_available_area },
-        .{ .driver, end + region_size, .FAULT, rings.refuse_available_area },
-        .{ .device, low + uva_offset + 2, .INVAL, rings.refuse_used_area },
-        .{ .device, maximum - 3, .FAULT, rings.refuse_used_area },
+        .{ .size, 0, .INVAL, layout.refuse_ring_size },
+        .{ .size, 32769, .INVAL, layout.refuse_ring_size },
+        .{ .size, 0xffff_ffff, .INVAL, layout.refuse_ring_size },
+        .{ .base, 0x8000_8008, .INVAL, layout.refuse_ring_config },
+        .{ .base, 0x8008_8000, .INVAL, layout.refuse_ring_config },
+        .{ .base, 0xffff_8000, .INVAL, layout.refuse_ring_config },
+        .{ .descriptors, low + uva_offset + 8, .INVAL, layout.refuse_ring_descriptor_area },
+        .{ .descriptors, end - 8 * 16 + 16, .FAULT, layout.refuse_ring_descriptor_area },
+        .{ .driver, low + uva_offset + 2, .INVAL, layout.refuse_ring_available_area },
+        .{ .driver, end + region_size, .FAULT, layout.refuse_ring_available_area },
+        .{ .device, low + uva_offset + 2, .INVAL, layout.refuse_ring_used_area },
+        .{ .device, maximum - 3, .FAULT, layout.refuse_ring_used_area },
     };
     var reason: u32 = undefined;
     for (cases) |case| {

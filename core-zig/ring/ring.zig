@@ -25,16 +25,6 @@ const feature_event_idx: u6 = 29;
 const feature_packed: u6 = 34;
 const feature_in_order: u6 = 35;
 
-/// What `create` refuses (`reason_out`): -EINVAL says that its value or
-/// alignment is wrong, -EFAULT that it is not whole inside one region.
-pub const refuse_none: u32 = 0;
-pub const refuse_size: u32 = 1;
-pub const refuse_descriptor_area: u32 = 2;
-pub const refuse_available_area: u32 = 3;
-pub const refuse_used_area: u32 = 4;
-/// Another field: features, space, base, header_bytes, trailer_bytes.
-pub const refuse_config: u32 = 5;
-
 pub const HeadState = enum(u8) { free, in_flight, completed };
 
 /// How the two areas behind the descriptors are called follows the split ring;
@@ -70,9 +60,10 @@ pub const Ring = struct {
     /// One per head (packed: per buffer id).
     heads: []HeadState = &.{},
     /// IN_ORDER only: heads in the order of their pop, `ordered` of them not
-    /// yet published, the oldest at `oldest`; and what was written for
-    /// completed ones.
+    /// yet published, the oldest at `oldest`; and per head how many bytes can
+    /// be, and were, written.
     order: []u16 = &.{},
+    writable: []u32 = &.{},
     written: []u32 = &.{},
     oldest: u32 = 0,
     ordered: u32 = 0,
@@ -102,46 +93,59 @@ pub const Ring = struct {
     }
 
     /// The request in the batch is complete: it is the device's now.
-    pub inline fn own(self: *Ring, head: u32) void {
+    pub inline fn own(self: *Ring, batch: *const chain.Batch, head: u32) void {
         self.heads[head] = .in_flight;
         self.popped += 1;
         if (!self.is_in_order) return;
+        self.writable[head] = @intCast(batch.writable);
         // No more are unpublished than there are heads.
         const last = self.oldest + self.ordered;
         self.order[if (last < self.size) last else last - self.size] = @intCast(head);
         self.ordered += 1;
     }
 
-    /// Of IN_ORDER completions, those that no older request holds back.
+    /// Of IN_ORDER completions, those that no older request holds back. One
+    /// used element stands for a run of them (2.7.9, 2.8.8): it has the head
+    /// and the length of the last, and the driver takes the others for written
+    /// completely. So what was not ends its run.
     fn publishOrdered(self: *Ring, format: anytype) void {
-        while (self.ordered != 0) {
-            const head = self.order[self.oldest];
-            if (self.heads[head] != .completed) return;
-            format.publish(self, head, self.written[head]);
-            self.heads[head] = .free;
-            self.oldest = if (self.oldest + 1 == self.size) 0 else self.oldest + 1;
-            self.ordered -= 1;
+        while (true) {
+            var last: ?u32 = null;
+            var steps: u32 = 0;
+            while (self.ordered != 0) {
+                const head = self.order[self.oldest];
+                if (self.heads[head] != .completed) break;
+                self.heads[head] = .free;
+                self.oldest = if (self.oldest + 1 == self.size) 0 else self.oldest + 1;
+                self.ordered -= 1;
+                last = head;
+                steps += format.stepsOf(head);
+                if (self.written[head] != self.writable[head]) break;
+            }
+            const head = last orelse return;
+            format.publish(self, head, self.written[head], steps);
         }
     }
 };
 
 var rings: Handles(Ring) = .{};
 
-/// Returns the ring's handle.
+/// Returns the ring's handle; -EINVAL with `reason_out` when a value or an
+/// alignment is wrong, -EFAULT when an area is not whole inside one region.
 pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: *u32) callconv(.c) i32 {
-    reason_out.* = refuse_none;
+    reason_out.* = layout.refuse_none;
     const object = memory.get(memory_handle) orelse return linux.fail(.BADF);
     const is_packed = has(config.features, feature_packed);
     const size = config.size;
     if (size == 0 or size > size_maximum or (!is_packed and @popCount(size) != 1)) {
-        reason_out.* = refuse_size;
+        reason_out.* = layout.refuse_ring_size;
         return linux.fail(.INVAL);
     }
     if (config.header_bytes > header_maximum or config.trailer_bytes > trailer_maximum or
         config.space > layout.space_uva or config.flags != 0 or
         (is_packed and !packed_ring.isBase(config.base, size)))
     {
-        reason_out.* = refuse_config;
+        reason_out.* = layout.refuse_ring_config;
         return linux.fail(.INVAL);
     }
     const table = object.enter();
@@ -155,7 +159,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
     var views: [areas]u32 = undefined;
     var cache: memory.Cache = .{};
     for (addresses, lengths, alignments, 0..) |address, length, alignment, i| {
-        reason_out.* = refuse_descriptor_area + @as(u32, @intCast(i));
+        reason_out.* = layout.refuse_ring_descriptor_area + @as(u32, @intCast(i));
         if (address % alignment != 0) return linux.fail(.INVAL);
         pointers[i] = table.whole(config.space, address, length) orelse return linux.fail(.FAULT);
         // The region itself may be mapped at any offset.
@@ -163,7 +167,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         const piece = table.piece(&cache, config.space, address, length) orelse return linux.fail(.FAULT);
         views[i] = piece.view;
     }
-    reason_out.* = refuse_none;
+    reason_out.* = layout.refuse_none;
 
     const ring = sync.allocator.create(Ring) catch return linux.fail(.NOMEM);
     ring.* = .{
@@ -202,6 +206,7 @@ fn allocate(ring: *Ring) bool {
     @memset(ring.heads, .free);
     if (ring.is_in_order) {
         ring.order = sync.allocator.alloc(u16, ring.size) catch return false;
+        ring.writable = sync.allocator.alloc(u32, ring.size) catch return false;
         ring.written = sync.allocator.alloc(u32, ring.size) catch return false;
     }
     return switch (ring.format) {
@@ -214,6 +219,7 @@ fn release(ring: *Ring) void {
     for (ring.views) |view| ring.memory.unhold(view);
     sync.allocator.free(ring.heads);
     sync.allocator.free(ring.order);
+    sync.allocator.free(ring.writable);
     sync.allocator.free(ring.written);
     switch (ring.format) {
         .split => {},
@@ -292,7 +298,9 @@ inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Compl
     if (ring.is_in_order) {
         ring.publishOrdered(format);
     } else {
-        for (completions) |completion| format.publish(ring, completion.head, completion.written);
+        for (completions) |completion| {
+            format.publish(ring, completion.head, completion.written, format.stepsOf(completion.head));
+        }
     }
     if (!format.announce(old)) return 0;
     if (ring.is_called) return @intFromBool(format.wantsCall(ring, old));
@@ -352,4 +360,5 @@ test {
     _ = @import("packed_test.zig");
     _ = @import("hostile_test.zig");
     _ = @import("packed_hostile_test.zig");
+    _ = @import("in_order_test.zig");
 }

@@ -132,7 +132,7 @@ pub const Split = struct {
             try ring.requireFree(batch, head);
             try self.walk(ring, batch, head);
             try batch.finish(head, @truncate(ring.popped));
-            ring.own(head);
+            ring.own(batch, head);
         }
     }
 
@@ -155,10 +155,15 @@ pub const Split = struct {
         return batch.breach(layout.broken_loop, ring.size);
     }
 
+    /// How far a request of this head takes the used index.
+    pub inline fn stepsOf(_: *const Split, _: u32) u32 {
+        return 1;
+    }
+
     /// Writes a used element; `announce` makes it visible.
-    pub inline fn publish(self: *Split, ring: *const Ring, head: u32, length: u32) void {
+    pub inline fn publish(self: *Split, ring: *const Ring, head: u32, length: u32, steps: u32) void {
         self.used.ring()[self.used_index & (ring.size - 1)] = .{ .id = head, .length = length };
-        self.used_index +%= 1;
+        self.used_index +%= @intCast(steps);
     }
 
     /// Whether anything was published since `old`.

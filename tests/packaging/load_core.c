@@ -34,7 +34,7 @@ int main(int count, char **arguments) {
     FUNCTION(int32_t, descriptor_close, int32_t);
     FUNCTION(int32_t, poll_create, int32_t *);
     FUNCTION(int32_t, poll_add, uint32_t, int32_t, uint32_t, uint32_t);
-    FUNCTION(int32_t, poll_drain, uint32_t, struct poll_event *, uint32_t);
+    FUNCTION(int32_t, poll_wait, uint32_t, uint32_t, struct poll_event *, uint32_t);
     FUNCTION(int32_t, poll_close, uint32_t);
 
     int32_t result = core_init();
@@ -53,8 +53,8 @@ int main(int count, char **arguments) {
     struct pollfd wake = {.fd = wake_fd, .events = POLLIN};
     if (poll(&wake, 1, TIMEOUT_MS) != 1) FAIL("the thread woke nobody\n");
     struct poll_event events[CAPACITY];
-    result = poll_drain((uint32_t)set, events, CAPACITY);
-    if (result != 1) FAIL("poll_drain: %d, not 1\n", result);
+    result = poll_wait((uint32_t)set, 0, events, CAPACITY);
+    if (result != 1) FAIL("poll_wait: %d, not 1\n", result);
     if (events[0].token != TOKEN) FAIL("token %u\n", events[0].token);
 
     result = poll_close((uint32_t)set);
