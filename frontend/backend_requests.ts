@@ -21,6 +21,13 @@ import { u64Payload } from "../protocol/payloads.ts";
 import { Channel } from "../transports/vhost_user/channel.ts";
 import type { Descriptors, Message } from "../transports/transport.ts";
 
+/** A u64, and descriptors to go with it (SHARED_OBJECT_LOOKUP has one). */
+export interface BackendAnswer {
+  readonly value: bigint;
+  /** They stay the caller's, and open until the answer is sent. */
+  readonly fds: readonly number[];
+}
+
 /**
  * Answers one request of the back-end: the u64 of its ack (0, success, if
  * nothing is returned), sent only if the back-end asked for one. Throwing is
@@ -29,7 +36,9 @@ import type { Descriptors, Message } from "../transports/transport.ts";
 export type BackendRequestHandler = (
   message: BackendMessage,
   descriptors: Descriptors,
-) => bigint | void | Promise<bigint | void>;
+) => Answered | Promise<Answered>;
+
+type Answered = bigint | BackendAnswer | void;
 
 /** The open channel. */
 export interface BackendRequests {
@@ -78,17 +87,24 @@ export function serveBackendRequests(
         if (message === null) return undefined;
         try {
           const request = decode(message);
-          let ack: bigint;
+          let answer: Answered;
           try {
-            ack = await handler(request, message.descriptors) ?? 0n;
+            answer = await handler(request, message.descriptors);
           } catch {
-            ack = 1n;
+            answer = 1n;
           }
-          if ((message.flags & FLAG_NEED_REPLY) === 0) continue;
+          if (
+            (message.flags & FLAG_NEED_REPLY) === 0 &&
+            request.row.reply.kind !== "reply"
+          ) continue;
+          const { value, fds } = typeof answer === "object"
+            ? answer
+            : { value: answer ?? 0n, fds: [] };
           channel.send({
             request: message.request,
             flags: VERSION | FLAG_REPLY,
-            payload: u64Payload.encode(ack, plainWire),
+            payload: u64Payload.encode(value, plainWire),
+            fds,
           });
         } finally {
           message.descriptors.close();

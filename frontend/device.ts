@@ -49,6 +49,7 @@ export const supportedProtocolFeatures: bigint = featureMask(
 export const supportedFeatures: bigint = featureMask(
   VirtioFeature.RING_INDIRECT_DESC,
   VirtioFeature.RING_EVENT_IDX,
+  VirtioFeature.IN_ORDER,
   VirtioFeature.PROTOCOL_FEATURES,
   VirtioFeature.VERSION_1,
 );
@@ -97,6 +98,8 @@ export interface StartQueueOptions {
   readonly base?: number;
   /** Also enables it, where PROTOCOL_FEATURES is acked; true unless given. */
   readonly enable?: boolean;
+  /** No kick descriptor: the back-end is to poll; false unless given. */
+  readonly polled?: boolean;
 }
 
 /** An open device; its rings are split unless it was opened otherwise. */
@@ -109,10 +112,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly protocolFeatures: bigint;
   /** What GET_QUEUE_NUM said; 1 without MQ. */
   readonly maxQueueCount: number;
+  readonly #queues: Driver[] = [];
   /** By queue index. */
-  readonly queues: readonly Driver[];
+  readonly queues: readonly Driver[] = this.#queues;
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
+  readonly #makeDriver: (queueSize: number) => Driver;
   readonly #ownsRam: boolean;
   readonly #acksAll: boolean;
   readonly #bases: number[];
@@ -141,22 +146,21 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.#ownsRam = options.ram === undefined;
     this.ram = options.ram ??
       new GuestRam(options.regions ?? [{ size: options.ramSize ?? 64 << 20 }]);
-    const queues: Driver[] = this.queues = [];
+    this.#makeDriver = (queueSize) =>
+      makeDriver(this.ram, {
+        queueSize,
+        features: this.features,
+        usesCalls: options.usesCalls,
+      });
     try {
       for (let index = 0; index < queueCount; index++) {
-        queues.push(
-          makeDriver(this.ram, {
-            queueSize: options.queueSize ?? 128,
-            features: this.features,
-            usesCalls: options.usesCalls,
-          }),
-        );
+        this.#queues.push(this.#makeDriver(options.queueSize ?? 128));
       }
     } catch (error) {
       this.#free();
       throw error;
     }
-    this.#bases = queues.map(({ firstBase }) => firstBase);
+    this.#bases = this.queues.map(({ firstBase }) => firstBase);
     connection.onBackendRequest = (message) => this.#backendRequest(message);
   }
 
@@ -300,10 +304,11 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     // Before the kick, which starts the queue: a call for what was left in the
     // ring must not be lost.
     await connection.setVringCall(index, driver.callFd, ack);
-    await connection.setVringKick(index, driver.kickFd, ack);
+    const isPolled = options.polled ?? false;
+    await connection.setVringKick(index, isPolled ? null : driver.kickFd, ack);
     this.#started.add(index);
     if (options.enable ?? true) await this.enableQueue(index, true);
-    driver.kick();
+    if (!isPolled) driver.kick();
   }
 
   /** SET_VRING_ENABLE, where PROTOCOL_FEATURES is acked; else nothing. */
@@ -324,6 +329,25 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     // What was completed last may have come without a call.
     this.queues[index].poll();
     return base;
+  }
+
+  /**
+   * Resets one queue while the others run, as a guest does with RING_RESET
+   * (virtio 1.3, 2.6.1): stops it and makes a new driver, which is returned
+   * and takes the place of the old one in `queues`. Requests in flight reject
+   * with CLOSED. The new one is not started.
+   */
+  async resetQueue(
+    index: number,
+    options: { readonly queueSize?: number } = {},
+  ): Promise<Driver> {
+    if (this.isStarted(index)) await this.stopQueue(index);
+    const old = this.queues[index];
+    const driver = this.#makeDriver(options.queueSize ?? old.queueSize);
+    this.#queues[index] = driver;
+    this.#bases[index] = driver.firstBase;
+    old.close();
+    return driver;
   }
 
   /** Stops all started queues. */

@@ -45,6 +45,7 @@ export {
 export * from "./connection.ts";
 export * from "./message_socket.ts";
 export type {
+  BackendAnswer,
   BackendRequestHandler,
   BackendRequests,
 } from "./backend_requests.ts";

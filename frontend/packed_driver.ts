@@ -35,7 +35,7 @@ export type PackedDriverOptions = QueueDriverOptions;
 export class PackedDriver extends QueueDriver<PackedLayout> {
   readonly firstBase: number = firstPosition | firstPosition * 0x1_0000;
   readonly #freeIds: number[] = [];
-  /** By buffer id in flight: descriptors of its chain. */
+  /** By buffer id in flight, the oldest first: descriptors of its chain. */
   readonly #lengths = new Map<number, number>();
   #free = 0;
   #available = firstPosition;
@@ -179,17 +179,21 @@ export class PackedDriver extends QueueDriver<PackedLayout> {
     for (;;) {
       const before = count;
       while (this.ring.isUsed(this.#used)) {
-        const { id, length } = this.ring.descriptor(slotOf(this.#used));
-        const skipped = this.#lengths.get(id);
-        if (skipped === undefined) {
-          this.fail(`buffer id ${id} is not in flight`);
-          return count;
+        const element = this.ring.descriptor(slotOf(this.#used));
+        const run = this.usedUpTo(element, this.#lengths.keys());
+        if (run === null) return count;
+        for (const { id, length } of run) {
+          const skipped = this.#lengths.get(id);
+          if (skipped === undefined) {
+            this.fail(`buffer id ${id} is not in flight`);
+            return count;
+          }
+          this.#lengths.delete(id);
+          this.#free += skipped;
+          this.#used = positionAfter(this.#used, skipped, this.queueSize);
+          count++;
+          if (!this.use({ id, length })) return count;
         }
-        this.#lengths.delete(id);
-        this.#free += skipped;
-        this.#used = positionAfter(this.#used, skipped, this.queueSize);
-        count++;
-        if (!this.use({ id, length })) return count;
       }
       if (count === before) return count;
       // The store is a barrier: what came before it is seen by the next turn

@@ -28,7 +28,7 @@ export interface DriverAddresses {
 export interface QueueDriverOptions {
   /** Descriptors: up to 32768, a power of two in a split ring. */
   readonly queueSize: number;
-  /** Negotiated virtio features: EVENT_IDX and INDIRECT matter here. */
+  /** Negotiated virtio features: EVENT_IDX and IN_ORDER matter here. */
   readonly features: bigint;
   /** Where the parts are; allocated from the memory unless given. */
   readonly addresses?: DriverAddresses;
@@ -131,6 +131,8 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   /** The base of a ring that nobody has used. */
   abstract readonly firstBase: number;
   protected readonly usesEventIndex: boolean;
+  /** IN_ORDER: buffers are used in the order in which they were available. */
+  protected readonly isInOrder: boolean;
   protected readonly usesCalls: boolean;
   readonly #ownedSizes: Readonly<Record<keyof DriverAddresses, number>> | null;
   readonly #watch: Watch | undefined;
@@ -161,6 +163,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
       options.features,
       VirtioFeature.RING_EVENT_IDX,
     );
+    this.isInOrder = hasFeature(options.features, VirtioFeature.IN_ORDER);
     this.usesCalls = options.usesCalls ?? true;
     this.#ownedSizes = options.addresses === undefined ? ownedSizes : null;
     this.kickFd = check(core.eventfdCreate(), "Cannot make a kick eventfd");
@@ -358,6 +361,30 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
 
   [Symbol.dispose](): void {
     this.close();
+  }
+
+  /**
+   * The requests for which a used element stands: with IN_ORDER also those
+   * before it in `available` (2.7.9, 2.8.8), the others having been used
+   * completely. Null, and the ring has failed, when it is not among them.
+   */
+  protected usedUpTo(
+    last: UsedElement,
+    available: Iterable<number>,
+  ): UsedElement[] | null {
+    if (!this.isInOrder) return [last];
+    const run: UsedElement[] = [];
+    for (const id of available) {
+      if (id === last.id) {
+        run.push(last);
+        return run;
+      }
+      // Of a chain made by hand it is not known here.
+      const length = this.#inFlight.get(id)?.writableBytes ?? 0;
+      run.push({ id, length });
+    }
+    this.fail(`head ${last.id} is not in flight`);
+    return null;
   }
 
   /** An element appeared as used; false once the ring is of no more use. */

@@ -31,9 +31,15 @@ export type SplitDriverOptions = QueueDriverOptions;
 /** The driver of one queue. It owns its two eventfds. */
 export class SplitDriver extends QueueDriver<SplitLayout> {
   readonly firstBase: number = 0;
+  /**
+   * Taken from the end, or with IN_ORDER from the start, where each comes back
+   * in its turn: then they are used in the order of the table (2.7.9).
+   */
   readonly #free: number[] = [];
   /** By head: the descriptors of its chain. */
   readonly #chains = new Map<number, readonly number[]>();
+  /** IN_ORDER: heads that are available and not used, the oldest first. */
+  readonly #order: number[] = [];
   #availableIndex = 0;
   /** Available index when the device was last offered a kick. */
   #notifiedIndex = 0;
@@ -62,6 +68,7 @@ export class SplitDriver extends QueueDriver<SplitLayout> {
 
   /** Puts a head into the available ring and moves its index. */
   publish(head: number): void {
+    if (this.isInOrder) this.#order.push(head);
     this.ring.setAvailableEntry(this.#availableIndex, head);
     this.#availableIndex = (this.#availableIndex + 1) & 0xffff;
     this.ring.setAvailableIndex(this.#availableIndex);
@@ -83,7 +90,9 @@ export class SplitDriver extends QueueDriver<SplitLayout> {
         `Cannot take ${count} descriptors: ${this.#free.length} are free`,
       );
     }
-    return this.#free.splice(this.#free.length - count, count).reverse();
+    return this.isInOrder
+      ? this.#free.splice(0, count)
+      : this.#free.splice(this.#free.length - count, count).reverse();
   }
 
   /** Sets the available index in memory and here; entries are not touched. */
@@ -160,11 +169,21 @@ export class SplitDriver extends QueueDriver<SplitLayout> {
         this.fail(`used index jumped by ${ahead}`);
         return count;
       }
-      for (let i = 0; i < ahead; i++) {
+      for (let left = ahead; left > 0;) {
         const element = this.ring.usedElement(this.#lastUsedIndex);
-        this.#lastUsedIndex = (this.#lastUsedIndex + 1) & 0xffff;
-        count++;
-        if (!this.use(element)) return count;
+        const run = this.usedUpTo(element, this.#order);
+        if (run === null) return count;
+        if (run.length > left) {
+          this.fail(`used index ends before head ${element.id}`);
+          return count;
+        }
+        left -= run.length;
+        this.#lastUsedIndex = (this.#lastUsedIndex + run.length) & 0xffff;
+        if (this.isInOrder) this.#order.splice(0, run.length);
+        for (const used of run) {
+          count++;
+          if (!this.use(used)) return count;
+        }
       }
       // The store is a barrier: an element that came before it is seen by the
       // next turn of the loop, one that comes after it brings a call.
@@ -175,14 +194,17 @@ export class SplitDriver extends QueueDriver<SplitLayout> {
   }
 
   protected override release(head: number): void {
-    this.#free.push(...[...this.#chains.get(head)!].reverse());
+    const chain = this.#chains.get(head)!;
+    this.#free.push(...this.isInOrder ? chain : [...chain].reverse());
     this.#chains.delete(head);
   }
 
   protected override forget(): void {
     this.#free.length = 0;
-    for (let i = this.queueSize - 1; i >= 0; i--) this.#free.push(i);
+    for (let i = 0; i < this.queueSize; i++) this.#free.push(i);
+    if (!this.isInOrder) this.#free.reverse();
     this.#chains.clear();
+    this.#order.length = 0;
     this.#availableIndex = 0;
     this.#notifiedIndex = 0;
     this.#lastUsedIndex = 0;

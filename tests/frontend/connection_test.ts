@@ -1,6 +1,8 @@
 import assert from "node:assert/strict";
 import { core } from "../../ffi/core.ts";
+import { check } from "../../ffi/errors.ts";
 import {
+  BackendRequest,
   FrontendConnection,
   FrontendRequest as Request,
   RefusedError,
@@ -225,6 +227,34 @@ test("the back-end's own requests are answered as the handler says", async () =>
       ]);
       own.channel.send({ request: 99, flags: 1, payload: new Uint8Array(0) });
       assert.equal((await requests.closed)?.code, "PROTOCOL");
+      own.close();
+    });
+  });
+});
+
+test("an answer may carry a descriptor, and a lookup is answered unasked", async () => {
+  await withoutDescriptorLeak(async () => {
+    await withScriptedBackend(async (connection, backend) => {
+      const fd = check(core.memfdCreate(4096), "Cannot make a file");
+      connection.onBackendRequest = ({ id }) =>
+        id === BackendRequest.BACKEND_SHARED_OBJECT_LOOKUP
+          ? { value: 0n, fds: [fd] }
+          : 0n;
+      await connection.setBackendChannel();
+      const message = await backend.next(Request.SET_BACKEND_REQ_FD);
+      const own = new ScriptedBackend(message.descriptors.take()!);
+      const request = BackendRequest.BACKEND_SHARED_OBJECT_LOOKUP;
+      // By the table it has a reply, so NEED_REPLY makes no difference.
+      for (const flags of [0x9, 0x1]) {
+        own.channel.send({ request, flags, payload: new Uint8Array(16) });
+        const reply = await own.next(request);
+        assert.equal(reply.flags, 0x5);
+        assert.deepEqual(reply.payload, u64(0n));
+        const received = reply.descriptors.take()!;
+        assert.equal(core.fileSize(received), 4096);
+        core.descriptorClose(received);
+      }
+      core.descriptorClose(fd);
       own.close();
     });
   });
