@@ -23,9 +23,11 @@ export interface BlkArguments {
   readonly address: string | { readonly fd: number };
   readonly isConnecting: boolean;
   readonly isReadOnly: boolean;
+  readonly isDirect: boolean;
   readonly numQueues: number;
   readonly serial: string;
-  readonly logicalBlockSize: 512 | 4096;
+  /** Undefined: what the disk asks for. */
+  readonly logicalBlockSize: 512 | 4096 | undefined;
   readonly isVerbose: boolean;
 }
 
@@ -51,6 +53,7 @@ const blkOptions = {
   memory: { type: "string" },
   null: { type: "string" },
   "read-only": { type: "boolean" },
+  direct: { type: "boolean" },
   "num-queues": { type: "string" },
   serial: { type: "string" },
   "logical-block-size": { type: "string" },
@@ -121,22 +124,31 @@ function parseBlk(words: string[]): Command {
   if (values.help) return { name: "help", about: "blk" };
   if (values.version) return { name: "version" };
   if (values["print-capabilities"]) return { name: "capabilities" };
-  const blockSize = values["logical-block-size"] ?? "512";
-  if (blockSize !== "512" && blockSize !== "4096") {
+  const blockSize = values["logical-block-size"];
+  if (![undefined, "512", "4096"].includes(blockSize)) {
     throw new UsageError(
       `--logical-block-size is 512 or 4096, not "${blockSize}"`,
     );
   }
+  const source = parseSource(values);
+  if (values.direct && source.kind !== "file") {
+    throw new UsageError("--direct needs --blk-file: only files have a cache");
+  }
   return {
     name: "blk",
     arguments: {
-      source: parseSource(values),
+      source,
       address: parseAddress(values),
       isConnecting: values.connect ?? false,
       isReadOnly: values["read-only"] ?? false,
+      isDirect: values.direct ?? false,
       numQueues: parseCount("num-queues", values["num-queues"] ?? "1", 1, 256),
       serial: values.serial ?? "",
-      logicalBlockSize: blockSize === "512" ? 512 : 4096,
+      logicalBlockSize: blockSize === undefined
+        ? undefined
+        : blockSize === "512"
+        ? 512
+        : 4096,
       isVerbose: values.verbose ?? false,
     },
   };

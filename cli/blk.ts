@@ -17,7 +17,7 @@ import { constants } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { registerTarget, type Target } from "../mod.ts";
-import type { BlkArguments, DiskSource } from "./arguments.ts";
+import type { BlkArguments } from "./arguments.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
 export const capabilities = {
@@ -25,10 +25,14 @@ export const capabilities = {
   features: ["read-only", "blk-file"],
 } as const;
 
-function openBacking(source: DiskSource, isReadOnly: boolean): Backing {
+function openBacking(options: BlkArguments): Backing {
+  const { source } = options;
   switch (source.kind) {
     case "file":
-      return fileBacking(source.path, { readOnly: isReadOnly });
+      return fileBacking(source.path, {
+        readOnly: options.isReadOnly,
+        direct: options.isDirect,
+      });
     case "memory":
       return memoryBacking(source.size);
     case "null":
@@ -94,7 +98,7 @@ function stopSignal(): Promise<void> {
  */
 export async function serveBlk(options: BlkArguments): Promise<void> {
   const endsWithConnection = isConnected(options.address);
-  const backing = openBacking(options.source, options.isReadOnly);
+  const backing = openBacking(options);
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
   let disk: Blk | undefined;

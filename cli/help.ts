@@ -29,7 +29,8 @@ Options:
   --read-only               refuse writes
   --num-queues N            queues at most, 1 to 256 (1)
   --serial TEXT             serial number, at most 20 bytes
-  --logical-block-size N    512 or 4096 (512)
+  --logical-block-size N    512 or 4096 (what the disk asks for, mostly 512)
+  --direct                  past the host's page cache (O_DIRECT)
   -v, --verbose             show each message, one line each, on stderr
   --print-capabilities      print what this program can do, as JSON, and end
   -h, --help                this text

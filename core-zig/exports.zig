@@ -14,6 +14,7 @@ const poll = @import("poll.zig");
 const memory = @import("memory/memory.zig");
 const ring = @import("ring/ring.zig");
 const file = @import("file/engine.zig");
+const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
 
 pub const panic = process.panic;
@@ -39,6 +40,7 @@ pub const manifest = .{
     .{ "memfd_resize", descriptor.memfdResize, "fd size" },
     .{ "file_open", descriptor.fileOpen, "path path_length flags" },
     .{ "file_size", descriptor.fileSize, "fd" },
+    .{ "file_traits", file_traits.inspect, "fd traits_out" },
 
     // Unix sockets
     .{ "socket_listen", socket.listen, "path path_length mode" },

@@ -201,6 +201,13 @@ pub const io_write_zeroes: u32 = 4; // zero `length` bytes; flag: may unmap
 pub const flag_io_unmap: u32 = 1;
 /// Write through: the data is durable when the request completes (RWF_DSYNC).
 pub const flag_io_dsync: u32 = 2;
+/// By a thread of the engine's: for writes that the file's file system makes
+/// only in a thread that may block (`file_traits`). io_uring would hand each to
+/// a thread of the kernel's, which costs more.
+pub const flag_io_threaded: u32 = 4;
+/// At once, in the thread that submits, which may block: for a Worker that has
+/// nothing else to do.
+pub const flag_io_inline: u32 = 8;
 
 pub const IoRequest = extern struct {
     operation: u32,
@@ -213,7 +220,17 @@ pub const IoRequest = extern struct {
     tag: u32,
     flags: u32,
     memory: u32,
-    reserved: u32,
+    /// What address and length of each transfer must be a multiple of, at most
+    /// 4096; 0 or 1: nothing (not O_DIRECT).
+    alignment: u32,
+};
+
+/// Answer of `file_traits`.
+pub const FileTraits = extern struct {
+    /// For O_DIRECT: what offset, length and address must be multiples of.
+    alignment: u32,
+    /// 1 when a buffered write needs a thread that may block.
+    has_blocking_writes: u32,
 };
 
 pub const IoCompletion = extern struct {

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 538017470;
+export const abiHash = 2112116683;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -77,6 +77,12 @@ export const functions = {
     parameters: ["i32"],
     names: "fd",
     result: "f64",
+  },
+  fileTraits: {
+    symbol: "vhost2_file_traits",
+    parameters: ["i32", "buffer"],
+    names: "fd, traitsOut",
+    result: "i32",
   },
   socketListen: {
     symbol: "vhost2_socket_listen",
@@ -428,7 +434,12 @@ export const layouts = {
     tag: 32,
     flags: 36,
     memory: 40,
-    reserved: 44,
+    alignment: 44,
+  },
+  FileTraits: {
+    byteSize: 8,
+    alignment: 0,
+    hasBlockingWrites: 4,
   },
   IoCompletion: {
     byteSize: 8,
@@ -545,6 +556,8 @@ export const constants = {
   ioWriteZeroes: 4,
   flagIoUnmap: 1,
   flagIoDsync: 2,
+  flagIoThreaded: 4,
+  flagIoInline: 8,
   tokenFault: 4294967295,
   eventReadable: 1,
   eventWritable: 4,

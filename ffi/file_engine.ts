@@ -29,10 +29,18 @@ export const FileFlag = {
   unmap: constants.flagIoUnmap,
   /** Not finished before it would survive a loss of power. */
   dsync: constants.flagIoDsync,
+  /** By a native thread that may block. */
+  threaded: constants.flagIoThreaded,
 } as const;
 
 /** Who is told how a request ended. */
 export interface FileClient {
+  /**
+   * What offset and length, and of the transfers addresses too, must be
+   * multiples of in the file (O_DIRECT): guest memory that is not is copied.
+   * 1 for no such rule.
+   */
+  readonly alignment: number;
   /** `result` is 0 or a negative errno. */
   finished(cookie: number, result: number): void;
 }
@@ -56,6 +64,7 @@ const word = {
   tag: layouts.IoRequest.tag / 4,
   flags: layouts.IoRequest.flags / 4,
   memory: layouts.IoRequest.memory / 4,
+  alignment: layouts.IoRequest.alignment / 4,
 } as const;
 
 /** Rounds of reaping before the event loop gets its turn. */
@@ -188,6 +197,7 @@ export class FileEngine {
     requests[at + word.tag] = tag;
     requests[at + word.flags] = flags;
     requests[at + word.memory] = memory;
+    requests[at + word.alignment] = client.alignment;
   }
 
   /** Hands over all that was staged, and takes what has finished already. */

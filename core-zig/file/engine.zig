@@ -1,7 +1,8 @@
 //! File I/O between files and guest memory, without a copy: requests go in
-//! and completions come out in batches, through io_uring or, where that is
-//! refused, through a few threads. An engine belongs to one thread at a time;
-//! engines share nothing.
+//! and completions come out in batches, through io_uring, through a few
+//! threads where that is refused or slower (`flag_io_threaded`), or at once in
+//! the caller's thread (`flag_io_inline`). An engine belongs to one thread at a
+//! time; engines share nothing.
 //!
 //! A slot is one request in flight. It moves: free -> with the kernel or a
 //! thread (maybe several times, see `request.zig`) -> finished -> free.
@@ -24,6 +25,11 @@ const max_entries = 4096;
 /// How long `destroy` waits for what cannot be cancelled.
 const drain_ms: u64 = if (builtin.is_test) 500 else 5000;
 
+/// Enough to overlap a flush with reads; more would only fight over the disk.
+const threads_alone = 4;
+/// Writes of the page cache: the file's own lock lets one in at a time.
+const threads_beside_ring = 2;
+
 const kind_io_uring: i32 = 1;
 const kind_threads: i32 = 2;
 
@@ -31,7 +37,10 @@ const Engine = struct {
     slots: []Slot,
     rows: []align(std.heap.page_size_min) request.Row,
     event: i32,
-    backend: union(enum) { ring: Ring, pool: Pool },
+    ring: ?Ring = null,
+    /// Beside a ring it starts with the first request that it is to serve.
+    pool: Pool = undefined,
+    has_pool: bool = false,
     free: List = .{},
     finished: List = .{},
 
@@ -41,10 +50,16 @@ const Engine = struct {
     }
 
     fn add(self: *Engine, index: u32) void {
-        switch (self.backend) {
-            .ring => |*ring| ring.add(&self.slots[index], index),
-            .pool => |*pool| pool.add(index),
+        if (self.ring) |*ring| ring.add(&self.slots[index], index) else self.pool.add(index);
+    }
+
+    /// To a thread; by the ring where there can be none.
+    fn addThreaded(self: *Engine, index: u32) void {
+        if (!self.has_pool) {
+            if (self.pool.init(self.slots, self.event, threads_beside_ring) < 0) return self.add(index);
+            self.has_pool = true;
         }
+        self.pool.add(index);
     }
 
     fn finish(self: *Engine, index: u32, result: i32) void {
@@ -56,38 +71,36 @@ const Engine = struct {
     /// something for `reap` that nobody else signals.
     fn flush(self: *Engine) void {
         var is_due = false;
-        switch (self.backend) {
-            .ring => |*ring| {
-                const result = ring.flush();
-                // Short of memory: the entries wait for the next reap.
-                is_due = result < 0;
-                if (result < 0 and result != sys.fail(.AGAIN)) {
-                    while (ring.takeBack()) |index| self.finish(index, result);
-                }
-            },
-            .pool => |*pool| pool.flush(),
+        if (self.ring) |*ring| {
+            const result = ring.flush();
+            // Short of memory: the entries wait for the next reap.
+            is_due = result < 0;
+            if (result < 0 and result != sys.fail(.AGAIN)) {
+                while (ring.takeBack()) |index| self.finish(index, result);
+            }
         }
+        if (self.has_pool) self.pool.flush();
         if (is_due or self.finished.count > 0) descriptor.signalOwn(self.event);
     }
 
     /// Moves what came back to `finished`, and adds what has to go on.
     fn collect(self: *Engine, is_closing: bool) void {
-        switch (self.backend) {
-            .pool => |*pool| pool.collect(&self.finished),
-            .ring => |*ring| {
-                // Clear, then look: what comes in between signals again.
-                _ = descriptor.eventfdTake(self.event);
-                ring.poke();
-                while (ring.next()) |done| {
-                    if (self.slots[done.slot].advance(done.result)) |result| {
-                        self.finish(done.slot, result);
-                    } else if (is_closing) {
-                        self.finish(done.slot, sys.fail(.CANCELED));
-                    } else {
-                        ring.add(&self.slots[done.slot], done.slot);
-                    }
-                }
-            },
+        // Both clear the event, then look: what comes in between signals again.
+        if (self.has_pool) {
+            self.pool.collect(&self.finished);
+        } else {
+            _ = descriptor.eventfdTake(self.event);
+        }
+        const ring = if (self.ring) |*ring| ring else return;
+        ring.poke();
+        while (ring.next()) |done| {
+            if (self.slots[done.slot].advance(done.result)) |result| {
+                self.finish(done.slot, result);
+            } else if (is_closing) {
+                self.finish(done.slot, sys.fail(.CANCELED));
+            } else {
+                ring.add(&self.slots[done.slot], done.slot);
+            }
         }
     }
 
@@ -99,6 +112,11 @@ const Engine = struct {
         slot.release();
         self.free.push(self.slots, index);
         return completion;
+    }
+
+    fn end(self: *Engine) void {
+        while (self.take()) |_| {}
+        self.deinit();
     }
 
     fn deinit(self: *Engine) void {
@@ -130,7 +148,7 @@ pub fn create(entries: u32, use_threads: u32) callconv(.c) i32 {
         return sys.result(raw);
     }
     const rows: [*]align(std.heap.page_size_min) request.Row = @ptrFromInt(raw);
-    self.* = .{ .slots = slots, .rows = rows[0..entries], .event = descriptor.eventfdCreate(), .backend = undefined };
+    self.* = .{ .slots = slots, .rows = rows[0..entries], .event = descriptor.eventfdCreate() };
     for (slots, 0..) |*slot, index| {
         slot.* = .{ .row = &rows[index] };
         self.free.push(slots, @intCast(index));
@@ -147,16 +165,21 @@ pub fn create(entries: u32, use_threads: u32) callconv(.c) i32 {
 
 fn start(self: *Engine, use_threads: bool) i32 {
     if (!use_threads) {
-        self.backend = .{ .ring = undefined };
+        var ring: Ring = undefined;
         const entries = std.math.ceilPowerOfTwoAssert(u32, @intCast(self.slots.len));
-        switch (self.backend.ring.init(entries, self.event)) {
+        switch (ring.init(entries, self.event)) {
             // Missing, forbidden, too old, or out of lockable memory.
             sys.fail(.NOSYS), sys.fail(.PERM), sys.fail(.ACCES), sys.fail(.INVAL), sys.fail(.NOMEM) => {},
+            0 => {
+                self.ring = ring;
+                return 0;
+            },
             else => |result| return result,
         }
     }
-    self.backend = .{ .pool = undefined };
-    return self.backend.pool.init(self.slots, self.event);
+    const result = self.pool.init(self.slots, self.event, threads_alone);
+    self.has_pool = result >= 0;
+    return result;
 }
 
 /// The event descriptor, readable while completions wait. It stays ours.
@@ -168,10 +191,7 @@ pub fn event(io: u32) callconv(.c) i32 {
 /// 1 for io_uring, 2 for threads.
 pub fn kind(io: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
-    return switch (self.backend) {
-        .ring => kind_io_uring,
-        .pool => kind_threads,
-    };
+    return if (self.ring != null) kind_io_uring else kind_threads;
 }
 
 /// Takes requests in order while there is room; returns how many. A request
@@ -182,16 +202,24 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
     const list = requests orelse return sys.fail(.FAULT);
     const all: []const layout.Segment = if (segments) |first| first[0..segment_count] else &.{};
     var section: request.Section = .{};
+    var at_once: List = .{};
     var taken: u32 = 0;
     while (taken < count) : (taken += 1) {
         const index = self.free.pop(self.slots) orelse break;
-        if (self.slots[index].start(list[taken], all, &section)) |result| {
+        // Read once: another isolate may be writing there.
+        const one = @as(*const volatile layout.IoRequest, &list[taken]).*;
+        if (self.slots[index].start(one, all, &section)) |result| {
             self.finish(index, result);
+        } else if (one.flags & layout.flag_io_inline != 0) {
+            at_once.push(self.slots, index);
+        } else if (one.flags & layout.flag_io_threaded != 0) {
+            self.addThreaded(index);
         } else {
             self.add(index);
         }
     }
     section.leave();
+    while (at_once.pop(self.slots)) |index| self.finish(index, Pool.perform(&self.slots[index], null));
     self.flush();
     return @intCast(taken);
 }
@@ -220,13 +248,11 @@ pub fn destroy(io: u32) callconv(.c) i32 {
 }
 
 fn close(self: *Engine) i32 {
-    switch (self.backend) {
-        .ring => |*ring| {
-            while (ring.takeBack()) |index| self.finish(index, sys.fail(.CANCELED));
-            if (self.outstanding() > 0) ring.cancel();
-        },
-        .pool => |*pool| pool.stop(),
+    if (self.ring) |*ring| {
+        while (ring.takeBack()) |index| self.finish(index, sys.fail(.CANCELED));
+        if (self.outstanding() > 0) ring.cancel();
     }
+    if (self.has_pool) self.pool.stop();
     const deadline = now() + drain_ms;
     while (self.outstanding() > 0) {
         self.collect(true);
@@ -237,44 +263,38 @@ fn close(self: *Engine) i32 {
         _ = linux.poll(&waits, 1, @intCast(deadline - time));
     }
     const is_drained = self.outstanding() == 0;
-    switch (self.backend) {
-        .ring => |*ring| {
-            while (self.take()) |_| {}
-            ring.deinit();
-            self.deinit();
-            return if (is_drained) 0 else sys.fail(.TIMEDOUT);
-        },
-        .pool => |*pool| {
-            if (!is_drained) {
-                const event_fd = self.event;
-                self.event = -1;
-                _ = hung.fetchAdd(1, .monotonic);
-                if (pool.abandon(.{ .context = self, .end = inherit })) {
-                    sys.closeQuietly(event_fd);
-                    return sys.fail(.TIMEDOUT);
-                }
-                self.event = event_fd;
-                _ = hung.fetchSub(1, .monotonic);
-            }
-            pool.join();
-            finishPool(self);
-            return 0;
-        },
+    if (self.ring) |*ring| {
+        // What the kernel still has it works on from copies of the iovecs.
+        ring.deinit();
+        self.ring = null;
     }
+    if (self.has_pool) {
+        if (!is_drained) {
+            const event_fd = self.event;
+            self.event = -1;
+            _ = hung.fetchAdd(1, .monotonic);
+            if (self.pool.abandon(.{ .context = self, .end = inherit })) {
+                sys.closeQuietly(event_fd);
+                return sys.fail(.TIMEDOUT);
+            }
+            self.event = event_fd;
+            _ = hung.fetchSub(1, .monotonic);
+        }
+        self.pool.join();
+        self.pool.collect(&self.finished);
+    }
+    const result = if (self.outstanding() == 0) 0 else sys.fail(.TIMEDOUT);
+    self.end();
+    return result;
 }
 
 /// Runs in the last thread of an abandoned pool, once nothing hangs any more.
 fn inherit(context: *anyopaque) void {
     const self: *Engine = @ptrCast(@alignCast(context));
-    finishPool(self);
+    self.pool.collect(&self.finished);
+    self.end();
     _ = hung.fetchSub(1, .release);
     sync.futexWake(&hung, std.math.maxInt(i32));
-}
-
-fn finishPool(self: *Engine) void {
-    self.collect(true);
-    while (self.take()) |_| {}
-    self.deinit();
 }
 
 fn now() u64 {
@@ -285,5 +305,6 @@ fn now() u64 {
 
 test {
     _ = request;
+    _ = @import("traits.zig");
     _ = @import("engine_test.zig");
 }

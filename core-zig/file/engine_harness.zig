@@ -40,6 +40,9 @@ pub fn fill(fd: i32, offset: i64, bytes: []const u8) !void {
     try expectEqual(bytes.len, linux.pwrite(fd, bytes.ptr, bytes.len, offset));
 }
 
+/// The ways that a request can take.
+pub const Way = enum { io_uring, threads, threads_beside, at_once };
+
 /// One engine, one guest memory with one region, one file.
 pub const Bench = struct {
     io: u32,
@@ -49,13 +52,15 @@ pub const Bench = struct {
     view: u32,
     bytes: []u8,
     open_before: u32,
+    /// Of every request.
+    flags: u32,
 
-    pub fn init(use_kind: u32, entries: u32) !Bench {
+    pub fn init(way: Way, entries: u32) !Bench {
         const open_before = openFiles();
-        const io = engine.create(entries, @intFromBool(use_kind == 2));
+        const io = engine.create(entries, @intFromBool(way == .threads));
         try expect(io > 0);
-        const actual = engine.kind(@intCast(io));
-        if (actual != use_kind) {
+        const kind_threads = 2;
+        if ((engine.kind(@intCast(io)) == kind_threads) != (way == .threads)) {
             _ = engine.destroy(@intCast(io));
             return error.SkipZigTest;
         }
@@ -77,6 +82,11 @@ pub const Bench = struct {
             .view = info[0].view_first,
             .bytes = address[0..memory_bytes],
             .open_before = open_before,
+            .flags = switch (way) {
+                .io_uring, .threads => 0,
+                .threads_beside => layout.flag_io_threaded,
+                .at_once => layout.flag_io_inline,
+            },
         };
     }
 
@@ -100,7 +110,7 @@ pub const Bench = struct {
     }
 
     pub fn request(self: *const Bench, operation: u32, offset: u64) layout.IoRequest {
-        return .{ .operation = operation, .file = self.file, .offset = offset, .length = 0, .segment_first = 0, .segment_count = 0, .tag = 0, .flags = 0, .memory = self.guest, .reserved = 0 };
+        return .{ .operation = operation, .file = self.file, .offset = offset, .length = 0, .segment_first = 0, .segment_count = 0, .tag = 0, .flags = self.flags, .memory = self.guest, .alignment = 0 };
     }
 
     pub fn submit(self: *const Bench, requests: []const layout.IoRequest, segments: []const layout.Segment) i32 {

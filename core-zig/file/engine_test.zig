@@ -16,7 +16,7 @@ const openFiles = harness.openFiles;
 const memfd = harness.memfd;
 const fill = harness.fill;
 const memory_bytes = harness.memory_bytes;
-const kinds = [_]u32{ 1, 2 };
+const ways = std.enums.values(harness.Way);
 
 fn pattern(bytes: []u8, seed: u64) void {
     var random = std.Random.DefaultPrng.init(seed);
@@ -24,8 +24,8 @@ fn pattern(bytes: []u8, seed: u64) void {
 }
 
 test "data survives a round trip over many segments and odd offsets" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
         // 1, 3 and enough segments to leave the row and the kernel's limit.
         for ([_]u32{ 1, 3, 64, 65, 1024, 2048 }, 1..) |segment_count, seed| {
             pattern(bench.bytes[0 .. memory_bytes / 2], seed);
@@ -49,11 +49,54 @@ test "data survives a round trip over many segments and odd offsets" {
     }
 }
 
+test "O_DIRECT takes memory of any alignment, also more than is copied at once" {
+    for (ways) |way| {
+        var bench = Bench.init(way, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
+        const direct: u32 = @bitCast(linux.O{ .DIRECT = true });
+        // Not every file system has it; the copies are the same without.
+        _ = linux.fcntl(bench.file, linux.F.SETFL, direct);
+        const total = 5 * 4096 * 16; // of which 64 KiB are copied at once
+        pattern(bench.bytes[0 .. memory_bytes / 2], 7);
+        for ([_]u32{ 4096, 1000, 4095 }) |step| {
+            @memset(bench.bytes[memory_bytes / 2 ..], 0);
+            var from: [400]layout.Segment = undefined;
+            var to: [400]layout.Segment = undefined;
+            const start: u32 = if (step == 4096) 0 else 3;
+            var count: usize = 0;
+            var at: u32 = 0;
+            while (at < total) : (count += 1) {
+                const length = @min(step, total - at);
+                from[count] = bench.segment(start + at, length, layout.access_read);
+                to[count] = bench.segment(memory_bytes / 2 + start + at, length, layout.access_write);
+                at += length;
+            }
+            var write = bench.request(layout.io_write, 8192);
+            write.alignment = 4096;
+            try expectEqual(0, try bench.run(write, from[0..count]));
+            var read = bench.request(layout.io_read, 8192);
+            read.alignment = 4096;
+            try expectEqual(0, try bench.run(read, to[0..count]));
+            const half = memory_bytes / 2;
+            try expect(std.mem.eql(u8, bench.bytes[start..][0..total], bench.bytes[half + start ..][0..total]));
+            try expectEqual(0, bench.bytes[half + start + total]);
+        }
+        try bench.deinit();
+    }
+}
+
+test "an alignment that no disk has is refused" {
+    var bench = try Bench.init(.threads, 4);
+    var one = bench.request(layout.io_read, 0);
+    one.alignment = 8192;
+    try expectEqual(sys.fail(.INVAL), try bench.run(one, &.{bench.segment(0, 512, layout.access_write)}));
+    try bench.deinit();
+}
+
 test "a write-through write and a flush succeed" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
         var one = bench.request(layout.io_write, 4096);
-        one.flags = layout.flag_io_dsync;
+        one.flags |= layout.flag_io_dsync;
         pattern(bench.bytes[0..8192], 5);
         try expectEqual(0, try bench.run(one, &.{ bench.segment(0, 4096, layout.access_read), bench.segment(4096, 4096, layout.access_read) }));
         try expectEqual(0, try bench.run(bench.request(layout.io_flush, 0), &.{}));
@@ -65,8 +108,8 @@ test "a write-through write and a flush succeed" {
 }
 
 test "each request completes once with its own tag, a batch larger than the engine in parts" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 5) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 5) catch |e| if (e == error.SkipZigTest) continue else return e;
         for (0..64) |index| try fill(bench.file, @intCast(index * 512), &@as([512]u8, @splat(@intCast(index))));
         var requests: [64]layout.IoRequest = undefined;
         var segments: [64]layout.Segment = undefined;
@@ -102,8 +145,8 @@ test "each request completes once with its own tag, a batch larger than the engi
 }
 
 test "a full engine takes nothing until something is reaped" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 3) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 3) catch |e| if (e == error.SkipZigTest) continue else return e;
         const flushes: [7]layout.IoRequest = @splat(bench.request(layout.io_flush, 0));
         try expectEqual(3, bench.submit(&flushes, &.{}));
         try expectEqual(0, bench.submit(&flushes, &.{}));
@@ -117,8 +160,8 @@ test "a full engine takes nothing until something is reaped" {
 }
 
 test "a file that ends early is an I/O error" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
         const segment = bench.segment(0, 4096, layout.access_write);
         try expectEqual(sys.fail(.IO), try bench.run(bench.request(layout.io_read, memory_bytes - 100), &.{segment}));
         try expectEqual(sys.fail(.IO), try bench.run(bench.request(layout.io_read, memory_bytes * 2), &.{segment}));
@@ -128,8 +171,8 @@ test "a file that ends early is an I/O error" {
 }
 
 test "a file open for reading refuses writes, a closed one all" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
         var path: [32]u8 = undefined;
         const name = try std.fmt.bufPrintZ(&path, "/proc/self/fd/{d}", .{bench.file});
         const read_only = sys.result(linux.open(name, .{ .ACCMODE = .RDONLY, .CLOEXEC = true }, 0));
@@ -147,8 +190,8 @@ test "a file open for reading refuses writes, a closed one all" {
 }
 
 test "a discarded range reads as zeros and gives its blocks back" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
         const data: [256 * 1024]u8 = @splat(0xaa);
         try fill(bench.file, 0, &data);
         const before = try bench.blocks();
@@ -166,10 +209,10 @@ test "a discarded range reads as zeros and gives its blocks back" {
 }
 
 test "written zeroes keep their blocks unless they may be unmapped" {
-    for (kinds) |use_kind| {
+    for (ways) |way| {
         for ([_]bool{ false, true }) |on_memfd| {
             for ([_]u32{ 0, layout.flag_io_unmap, layout.flag_io_dsync, layout.flag_io_unmap | layout.flag_io_dsync }) |flags| {
-                var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+                var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
                 // A memfd cannot zero a range, so zeros are written there:
                 // more than one call's worth.
                 const size: u64 = if (on_memfd) 9 << 20 else 512 * 1024;
@@ -184,7 +227,7 @@ test "written zeroes keep their blocks unless they may be unmapped" {
                 const before = try bench.blocks();
                 var one = bench.request(layout.io_write_zeroes, 4096);
                 one.length = size - 8192;
-                one.flags = flags;
+                one.flags |= flags;
                 try expectEqual(0, try bench.run(one, &.{}));
                 const after = try bench.blocks();
                 if (flags & layout.flag_io_unmap != 0) try expect(after < before) else try expect(after >= before);
@@ -199,8 +242,8 @@ test "written zeroes keep their blocks unless they may be unmapped" {
 }
 
 test "a request that is wrong in itself completes with its error and hurts no other" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 32) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 32) catch |e| if (e == error.SkipZigTest) continue else return e;
         const segments = [_]layout.Segment{
             bench.segment(0, 512, layout.access_write),
             bench.segment(memory_bytes - 511, 512, layout.access_write),
@@ -247,9 +290,9 @@ test "a request that is wrong in itself completes with its error and hurts no ot
 }
 
 test "a hole behind the mapping is -EFAULT, marks the memory faulted, and the engine goes on" {
-    for (kinds) |use_kind| {
+    for (ways) |way| {
         for ([_]u32{ layout.io_read, layout.io_write }) |operation| {
-            var bench = Bench.init(use_kind, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
+            var bench = Bench.init(way, 4) catch |e| if (e == error.SkipZigTest) continue else return e;
             const access = if (operation == layout.io_read) layout.access_write else layout.access_read;
             try expect(!sys.isError(linux.ftruncate(bench.guest_fd, memory_bytes / 2)));
             // The first segment is there, so that the transfer comes up short.
@@ -270,8 +313,8 @@ test "a hole behind the mapping is -EFAULT, marks the memory faulted, and the en
 }
 
 test "the event is readable exactly while completions wait" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
         try expect(!bench.isReadable(0));
         const segments = [_]layout.Segment{bench.segment(0, 512, layout.access_write)};
         var one = bench.request(layout.io_read, 0);
@@ -297,8 +340,8 @@ test "the event is readable exactly while completions wait" {
 }
 
 test "an engine with requests in flight ends without waiting for ever" {
-    for (kinds) |use_kind| {
-        var bench = Bench.init(use_kind, 64) catch |e| if (e == error.SkipZigTest) continue else return e;
+    for (ways) |way| {
+        var bench = Bench.init(way, 64) catch |e| if (e == error.SkipZigTest) continue else return e;
         var requests: [64]layout.IoRequest = undefined;
         for (&requests) |*one| {
             one.* = bench.request(layout.io_write, 0);
@@ -310,7 +353,7 @@ test "an engine with requests in flight ends without waiting for ever" {
 }
 
 test "a read that never ends is cancelled with its engine" {
-    var bench = try Bench.init(1, 4);
+    var bench = try Bench.init(.io_uring, 4);
     var ends: [2]i32 = undefined;
     try expect(!sys.isError(linux.pipe2(&ends, .{ .CLOEXEC = true })));
     var one = bench.request(layout.io_read, 0);
@@ -392,7 +435,7 @@ test "where io_uring is refused, threads serve, and an exhausted process is told
 }
 
 test "a thread that hangs delays the end only for a while and frees all when it wakes" {
-    var bench = try Bench.init(2, 4);
+    var bench = try Bench.init(.threads, 4);
     const user_fault = sys.result(linux.syscall1(.userfaultfd, @as(u32, @bitCast(linux.O{ .CLOEXEC = true, .NONBLOCK = true }))));
     if (user_fault < 0) {
         // Not permitted here: faults in the kernel are for the privileged.

@@ -10,10 +10,13 @@
 //! Both kinds of engine drive this machine, so they answer alike.
 
 const std = @import("std");
+const builtin = @import("builtin");
 const sys = @import("../linux.zig");
 const sync = @import("../sync.zig");
 const layout = @import("../layout.zig");
 const memory = @import("../memory/memory.zig");
+const copying = @import("../memory/copy.zig");
+const traits = @import("traits.zig");
 const linux = sys.linux;
 const iovec = std.posix.iovec;
 
@@ -29,6 +32,10 @@ pub const Row = struct {
     vectors: [row_vectors]iovec,
     views: [row_vectors]u32,
 };
+
+/// What a request with badly aligned memory moves at once, for O_DIRECT.
+const bounce_bytes = if (builtin.is_test) 64 << 10 else 1 << 20;
+const Bounce = []align(traits.alignment_maximum) u8;
 
 const zeros_bytes = 64 * 1024;
 /// Aligned for files opened with O_DIRECT. Never written.
@@ -88,6 +95,9 @@ pub const Slot = struct {
     vectors: [*]iovec = undefined,
     row: *Row = undefined,
     wide: ?[]align(@alignOf(iovec)) u8 = null,
+    /// Stands in for memory that O_DIRECT would refuse, part by part.
+    bounce: ?Bounce = null,
+    bounce_vector: iovec = undefined,
 
     pub const none: u32 = 0xffff_ffff;
 
@@ -140,6 +150,9 @@ pub const Slot = struct {
             self.vectors = @ptrCast(bytes.ptr);
             views = @ptrCast(@alignCast(bytes.ptr + segments.len * @sizeOf(iovec)));
         }
+        if (request.alignment > traits.alignment_maximum) return sys.fail(.INVAL);
+        const alignment = @max(request.alignment, 1);
+        var is_aligned = true;
         self.memory = held;
         const access = if (self.phase == .read) layout.access_write else layout.access_read;
         for (segments) |segment| {
@@ -156,9 +169,40 @@ pub const Slot = struct {
             self.vectors[self.vector_count] = .{ .base = pointer, .len = segment.length };
             self.vector_count += 1;
             self.remaining += segment.length;
+            if (@intFromPtr(pointer) % alignment != 0 or segment.length % alignment != 0) is_aligned = false;
         }
         if (!isRange(self.offset, self.remaining)) return sys.fail(.INVAL);
-        return if (self.remaining == 0) 0 else null;
+        if (self.remaining == 0) return 0;
+        if (!is_aligned) {
+            const size: usize = @intCast(@min(self.remaining, bounce_bytes));
+            self.bounce = sync.allocator.alignedAlloc(u8, .fromByteUnits(traits.alignment_maximum), size) catch
+                return sys.fail(.NOMEM);
+            self.fillBounce();
+        }
+        return null;
+    }
+
+    /// The next part, for a write with what is to be written.
+    fn fillBounce(self: *Slot) void {
+        const bounce = self.bounce orelse return;
+        const length: usize = @intCast(@min(self.remaining, bounce.len));
+        self.bounce_vector = .{ .base = bounce.ptr, .len = length };
+        if (self.phase == .write) self.copyBounce(length);
+    }
+
+    /// Between the bounce buffer's first bytes and what is left of the iovecs.
+    fn copyBounce(self: *Slot, length: usize) void {
+        var rest: []u8 = self.bounce.?[0..length];
+        for (self.vectors[0..self.vector_count]) |vector| {
+            const count = @min(rest.len, vector.len);
+            if (count == 0) return;
+            if (self.phase == .write) {
+                copying.copy(rest.ptr, vector.base, count);
+            } else {
+                copying.copy(vector.base, rest.ptr, count);
+            }
+            rest = rest[count..];
+        }
     }
 
     fn heldViews(self: *const Slot) []const u32 {
@@ -179,6 +223,7 @@ pub const Slot = struct {
             for (self.heldViews()) |view| held.unhold(view);
         }
         if (self.wide) |bytes| sync.allocator.free(bytes);
+        if (self.bounce) |bytes| sync.allocator.free(bytes);
         self.* = .{ .row = self.row };
     }
 
@@ -196,12 +241,16 @@ pub const Slot = struct {
         const done: u64 = @intCast(raw);
         // 0: the file or device ends here.
         if (done == 0 or done > self.remaining) return sys.fail(.IO);
+        if (self.bounce != null and self.phase == .read) self.copyBounce(@intCast(done));
         self.offset += done;
         self.remaining -= done;
         // A region that faulted meanwhile reads as zeros: not what was meant.
         if (self.memory) |held| if (!held.isUsable()) return sys.fail(.FAULT);
         if (self.remaining == 0) return self.afterData();
-        if (self.phase == .zero_write) self.fillZeroes() else self.skip(done);
+        if (self.phase == .zero_write) self.fillZeroes() else {
+            self.skip(done);
+            self.fillBounce();
+        }
         return null;
     }
 
@@ -287,6 +336,7 @@ pub const Slot = struct {
 
     /// Iovecs for the next call.
     pub fn callVectors(self: *const Slot) []const iovec {
+        if (self.bounce != null) return (&self.bounce_vector)[0..1];
         return self.vectors[0..@min(self.vector_count, max_vectors_per_call)];
     }
 

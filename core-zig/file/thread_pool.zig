@@ -1,5 +1,6 @@
 //! The requests by a few threads that make ordinary blocking calls: for where
-//! io_uring is refused (containers, hardened kernels). A thread has a slot to
+//! io_uring is refused (containers, hardened kernels), and for writes that
+//! io_uring would only hand to threads of the kernel's. A thread has a slot to
 //! itself from the pending list to the done list; the mutex hands it over.
 
 const std = @import("std");
@@ -11,7 +12,6 @@ const linux = sys.linux;
 const Slot = request.Slot;
 const List = request.List;
 
-/// Enough to overlap a flush with reads; more would only fight over the disk.
 const max_threads = 4;
 
 pub const Pool = struct {
@@ -39,11 +39,11 @@ pub const Pool = struct {
     };
 
     /// The pool stays where it is: its threads know its address.
-    pub fn init(self: *Pool, slots: []Slot, event: i32) i32 {
+    pub fn init(self: *Pool, slots: []Slot, event: i32, thread_limit: u32) i32 {
         self.* = .{ .slots = slots, .event = event };
         self.mutex.lock();
         defer self.mutex.unlock();
-        while (self.thread_count < @min(max_threads, slots.len)) : (self.thread_count += 1) {
+        while (self.thread_count < @min(max_threads, thread_limit, slots.len)) : (self.thread_count += 1) {
             self.threads[self.thread_count] = sync.Thread.spawn(run, self) orelse break;
         }
         self.living = self.thread_count;
@@ -121,7 +121,7 @@ pub const Pool = struct {
                 continue;
             };
             self.mutex.unlock();
-            const result = self.perform(&self.slots[index]);
+            const result = perform(&self.slots[index], &self.is_stopping);
             self.mutex.lock();
             self.finish(index, result);
         }
@@ -133,10 +133,11 @@ pub const Pool = struct {
         return null;
     }
 
-    fn perform(self: *Pool, slot: *Slot) i32 {
+    /// All the calls that a request needs.
+    pub fn perform(slot: *Slot, is_stopping: ?*const std.atomic.Value(bool)) i32 {
         while (true) {
             if (slot.advance(call(slot))) |result| return result;
-            if (self.is_stopping.load(.monotonic)) return sys.fail(.CANCELED);
+            if (is_stopping) |flag| if (flag.load(.monotonic)) return sys.fail(.CANCELED);
             // EAGAIN and EINTR alone set it and count: do not spin on them.
             if (slot.retries > 0) pause();
         }

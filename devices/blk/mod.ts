@@ -25,7 +25,7 @@ export {
   type BackingQueue,
   Status as BlkStatus,
 } from "./backings/backing.ts";
-export { fileBacking } from "./backings/file.ts";
+export { fileBacking, type FileOptions } from "./backings/file.ts";
 export { memoryBacking } from "./backings/memory.ts";
 export { nullBacking } from "./backings/null.ts";
 export { type DiskObject, objectBacking } from "./backings/object.ts";
@@ -40,7 +40,10 @@ export interface BlkOptions {
   readonly readOnly?: boolean;
   /** At most 20 bytes; what Linux shows in /sys/block/vda/serial. */
   readonly serial?: string;
-  /** Bytes in the smallest request: 512 or 4096; 512 unless given. */
+  /**
+   * Bytes in the smallest request: 512 or 4096; the least that the backing can
+   * serve (512, but for O_DIRECT on some disks) unless given.
+   */
   readonly logicalBlockSize?: 512 | 4096;
   /** Bytes that are best written at once; 4096 unless given. */
   readonly physicalBlockSize?: number;
@@ -110,8 +113,16 @@ function requireInteger(
 }
 
 function geometryOf(options: BlkOptions, backing: Backing): BlkGeometry {
-  const { logicalBlockSize = 512, maxRangeSectors = defaultRangeSectors } =
-    options;
+  const {
+    logicalBlockSize = backing.blockSize ?? 512,
+    maxRangeSectors = defaultRangeSectors,
+  } = options;
+  if (logicalBlockSize < (backing.blockSize ?? 512)) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use logicalBlockSize: ${logicalBlockSize} (${backing.name} serves blocks of ${backing.blockSize})`,
+    );
+  }
   if (logicalBlockSize !== 512 && logicalBlockSize !== 4096) {
     throw new Vhost2Error(
       "OPTION",

@@ -34,6 +34,7 @@ test("--version is that of deno.json, --help names every option", async () => {
     const option of [
       ...["socket-path", "fd", "print-capabilities", "blk-file", "memory"],
       ...["null", "read-only", "num-queues", "serial", "logical-block-size"],
+      "direct",
       ...["verbose", "help", "version", "connect"],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
@@ -45,6 +46,12 @@ const mistakes: [string, string[], number, RegExp][] = [
   ["an unknown command", ["disk"], 2, /there is no command "disk"/],
   ["no disk", ["blk", "--socket-path", "FOLDER/s"], 2, /needs --blk-file/],
   ["no socket", ["blk", "--memory", "1M"], 2, /a socket is needed/],
+  [
+    "no file to use directly",
+    ["blk", "--socket-path", "FOLDER/s", "--memory", "1M", "--direct"],
+    2,
+    /--direct needs --blk-file/,
+  ],
   [
     "two disks",
     ["blk", "--socket-path", "FOLDER/s", "--memory", "1M", "--null", "1M"],

@@ -23,6 +23,7 @@ import { assertBytes, pattern, TemporaryFolder } from "./disk_guest.ts";
 
 /** Collects results and tells when a number of them is there. */
 class Results implements FileClient {
+  readonly alignment = 1;
   readonly byCookie = new Map<number, number>();
   #tell = () => {};
 

@@ -77,6 +77,8 @@ export interface Backing {
   readonly name: string;
   /** Bytes. */
   readonly size: number;
+  /** Bytes in the smallest request that it can serve; 512 unless given. */
+  readonly blockSize?: 512 | 4096;
   readonly isReadOnly: boolean;
   readonly canDiscard: boolean;
   readonly canWriteZeroes: boolean;

@@ -5,9 +5,9 @@
  * @module
  */
 
-import { constants } from "../../../ffi/abi.gen.ts";
+import { constants, layouts } from "../../../ffi/abi.gen.ts";
 import { core } from "../../../ffi/core.ts";
-import { Errno, errnoName, Vhost2Error } from "../../../ffi/errors.ts";
+import { check, Errno, errnoName, Vhost2Error } from "../../../ffi/errors.ts";
 import {
   type FileClient,
   FileEngine,
@@ -19,6 +19,7 @@ import { Status } from "./backing.ts";
 
 /** Flags of `file_open`. */
 const openForWriting = 1;
+const openDirect = 4;
 
 const operationNames: Record<number, string> = {
   [FileOperation.read]: "read",
@@ -32,6 +33,10 @@ const operationNames: Record<number, string> = {
 interface OpenFile {
   readonly path: string;
   readonly fd: number;
+  /** With O_DIRECT; 1 without. */
+  readonly alignment: number;
+  /** `FileFlag`s of each write. */
+  readonly writeFlags: number;
   /** Requests with the engine, of all queues. */
   inFlight: number;
   /** Called when there are none any more. */
@@ -41,6 +46,7 @@ interface OpenFile {
 class FileQueue implements BackingQueue, FileClient {
   // What the page cache has is copied while the engine submits.
   readonly movesData = true;
+  readonly alignment: number;
   readonly #client: BackingClient;
   readonly #file: OpenFile;
   readonly #engine = FileEngine.acquire();
@@ -56,6 +62,7 @@ class FileQueue implements BackingQueue, FileClient {
   constructor(client: BackingClient, file: OpenFile) {
     this.#client = client;
     this.#file = file;
+    this.alignment = file.alignment;
     this.#memory = client.queue.memory.handle;
     this.#segments = client.batch.segmentArea;
     this.#operations = new Uint8Array(client.queue.size);
@@ -112,7 +119,7 @@ class FileQueue implements BackingQueue, FileClient {
       FileOperation.write,
       offset,
       length,
-      isDurable ? FileFlag.dsync : 0,
+      this.#file.writeFlags | (isDurable ? FileFlag.dsync : 0),
       segmentFirst,
       segmentCount,
     );
@@ -184,13 +191,22 @@ const reasons: Record<number, string> = {
   26: "it is being executed",
 };
 
-function openFile(path: string, isReadOnly: boolean): number {
+function openFile(
+  path: string,
+  isReadOnly: boolean,
+  isDirect: boolean,
+): number {
   const bytes = new TextEncoder().encode(path);
-  const fd = core.fileOpen(
-    bytes,
-    bytes.length,
-    isReadOnly ? 0 : openForWriting,
-  );
+  const flags = (isReadOnly ? 0 : openForWriting) |
+    (isDirect ? openDirect : 0);
+  const fd = core.fileOpen(bytes, bytes.length, flags);
+  if (isDirect && fd === -Errno.EINVAL) {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot open ${path}: its file system has no O_DIRECT`,
+      { errno: Errno.EINVAL },
+    );
+  }
   if (fd < 0) {
     throw new Vhost2Error(
       "SYSTEM",
@@ -219,36 +235,69 @@ function sizeOf(fd: number, path: string): number {
   );
 }
 
+/** What the file asks of its writers: `FileTraits`. */
+function traitsOf(
+  fd: number,
+  path: string,
+): { alignment: number; hasBlockingWrites: boolean } {
+  const words = new DataView(new ArrayBuffer(layouts.FileTraits.byteSize));
+  check(core.fileTraits(fd, words), `Cannot find the traits of ${path}`);
+  return {
+    alignment: words.getUint32(layouts.FileTraits.alignment, true),
+    hasBlockingWrites:
+      words.getUint32(layouts.FileTraits.hasBlockingWrites, true) !== 0,
+  };
+}
+
+/** How a file is to be used as a disk. */
+export interface FileOptions {
+  /** Opened only for reading. */
+  readonly readOnly?: boolean;
+  /**
+   * Past the page cache of the host (O_DIRECT): for disks with caches of their
+   * own, and guests that have one. The disk's logical block is then at least
+   * what the file asks for.
+   */
+  readonly direct?: boolean;
+}
+
 /**
  * A disk in a file or on a block device, with the size that it has now. The
  * file stays open until the disk is closed. Making the disk larger makes a
  * file larger; making it smaller leaves the file as it is.
  *
  * @param path of the file
- * @param options `readOnly`: opened only for reading
  * @throws Vhost2Error SYSTEM when it cannot be opened, OPTION when it is not
- * a file or a block device
+ * a file or a block device, or cannot be used as the options ask
  */
-export function fileBacking(
-  path: string,
-  options: { readonly readOnly?: boolean } = {},
-): Backing {
+export function fileBacking(path: string, options: FileOptions = {}): Backing {
   const isReadOnly = options.readOnly ?? false;
-  const fd = openFile(path, isReadOnly);
+  const isDirect = options.direct ?? false;
+  const fd = openFile(path, isReadOnly, isDirect);
   let size: number;
+  let traits: ReturnType<typeof traitsOf>;
   try {
     size = sizeOf(fd, path);
+    traits = traitsOf(fd, path);
   } catch (error) {
     core.descriptorClose(fd);
     throw error;
   }
-  const file: OpenFile = { path, fd, inFlight: 0, drained: undefined };
+  const file: OpenFile = {
+    path,
+    fd,
+    alignment: isDirect ? traits.alignment : 1,
+    writeFlags: traits.hasBlockingWrites && !isDirect ? FileFlag.threaded : 0,
+    inFlight: 0,
+    drained: undefined,
+  };
   let isClosed = false;
   return {
     name: path,
     get size() {
       return size;
     },
+    blockSize: file.alignment > 512 ? 4096 : 512,
     isReadOnly,
     canDiscard: !isReadOnly,
     canWriteZeroes: !isReadOnly,
