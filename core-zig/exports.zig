@@ -12,6 +12,8 @@ const descriptor = @import("descriptor.zig");
 const socket = @import("socket.zig");
 const poll = @import("poll.zig");
 const memory = @import("memory/memory.zig");
+const postcopy = @import("memory/postcopy.zig");
+const userfault = @import("memory/userfault.zig");
 const ring = @import("ring/ring.zig");
 const file = @import("file/engine.zig");
 const file_traits = @import("file/traits.zig");
@@ -74,6 +76,14 @@ pub const manifest = .{
     .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
     .{ "map_shared", memory.mapShared, "fd size address_out" },
     .{ "unmap", memory.unmap, "address size" },
+
+    // Postcopy: the back-end's side, then the front-end's
+    .{ "userfault_open", userfault.open, "" },
+    .{ "postcopy_listen", postcopy.listen, "memory fd hangup_fd" },
+    .{ "postcopy_end", postcopy.end, "memory is_gone" },
+    .{ "userfault_read", userfault.read, "fd addresses_out capacity" },
+    .{ "userfault_copy", userfault.copy, "fd address source size" },
+    .{ "userfault_wake", userfault.wake, "fd address size" },
 
     // Virtqueues, split and packed, device side
     .{ "ring_create", ring.create, "memory config reason_out" },

@@ -53,6 +53,7 @@ pub const refuse_not_found: u32 = 9;
 pub const refuse_mmap: u32 = 10; // value = errno
 pub const refuse_quarantine: u32 = 11; // value = bytes in quarantine, limit = its bound
 pub const refuse_mappings: u32 = 12; // the process-wide table of mappings is full
+pub const refuse_userfault: u32 = 13; // postcopy cannot watch the file; value = errno
 
 pub const PrepareResult = extern struct {
     reason: u32,

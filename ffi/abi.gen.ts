@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 2112116683;
+export const abiHash = 524888851;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -244,6 +244,42 @@ export const functions = {
     symbol: "vhost2_unmap",
     parameters: ["u64", "f64"],
     names: "address, size",
+    result: "i32",
+  },
+  userfaultOpen: {
+    symbol: "vhost2_userfault_open",
+    parameters: [],
+    names: "",
+    result: "i32",
+  },
+  postcopyListen: {
+    symbol: "vhost2_postcopy_listen",
+    parameters: ["u32", "i32", "i32"],
+    names: "memory, fd, hangupFd",
+    result: "i32",
+  },
+  postcopyEnd: {
+    symbol: "vhost2_postcopy_end",
+    parameters: ["u32", "u32"],
+    names: "memory, isGone",
+    result: "i32",
+  },
+  userfaultRead: {
+    symbol: "vhost2_userfault_read",
+    parameters: ["i32", "buffer", "u32"],
+    names: "fd, addressesOut, capacity",
+    result: "i32",
+  },
+  userfaultCopy: {
+    symbol: "vhost2_userfault_copy",
+    parameters: ["i32", "u64", "buffer", "u32"],
+    names: "fd, address, source, size",
+    result: "i32",
+  },
+  userfaultWake: {
+    symbol: "vhost2_userfault_wake",
+    parameters: ["i32", "u64", "f64"],
+    names: "fd, address, size",
     result: "i32",
   },
   ringCreate: {
@@ -526,6 +562,7 @@ export const constants = {
   refuseMmap: 10,
   refuseQuarantine: 11,
   refuseMappings: 12,
+  refuseUserfault: 13,
   memoryOk: 0,
   memoryFaulted: 1,
   memoryRevoked: 2,

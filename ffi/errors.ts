@@ -91,6 +91,7 @@ export function check(result: number, action: string): number {
 
 /** Numbers of the few system errors that the code tells apart. */
 export const Errno = {
+  EPERM: 1,
   ENOENT: 2,
   EINTR: 4,
   EBADF: 9,
@@ -98,6 +99,7 @@ export const Errno = {
   ENOMEM: 12,
   EFAULT: 14,
   EBUSY: 16,
+  EEXIST: 17,
   EINVAL: 22,
   ENFILE: 23,
   EMFILE: 24,

@@ -36,6 +36,8 @@ export interface MappedRegion {
   readonly size: number;
   /** Number of the region's first view. */
   readonly viewFirst: number;
+  /** Of its first byte in this process: what postcopy tells the front-end. */
+  readonly address: bigint;
   /** The region's buffers: one, or several of `maxViewSize` (Node 20). */
   readonly buffers: readonly ArrayBuffer[];
 }
@@ -110,6 +112,10 @@ function refusal(region: RegionDescription | undefined): string {
       return `${value} bytes of old mappings are in quarantine (limit ${limit}; Node 22 or Deno need none)`;
     case constants.refuseMappings:
       return "this process holds too many mappings";
+    case constants.refuseUserfault:
+      return `its pages cannot be watched for postcopy (${
+        errnoName(Number(value))
+      }): only memfd, tmpfs and hugetlbfs can be`;
     default:
       return "the core refused it";
   }
@@ -277,6 +283,7 @@ export class GuestMemory {
       uva: table.getBigUint64(at + info.uva, true),
       size,
       viewFirst,
+      address,
       buffers: Object.freeze(buffers),
     });
   }
@@ -350,6 +357,27 @@ export class GuestMemory {
     return new Uint8Array(buffer, offset, length);
   }
 
+  /**
+   * Postcopy: regions that come from here on have their missing pages filled
+   * by whoever reads the userfaultfd `fd`, which becomes the memory's. When
+   * `hangupFd`, the front-end's socket, hangs up, the memory is revoked.
+   * Throws when there are regions already.
+   */
+  listenForPostcopy(fd: number, hangupFd: number): void {
+    check(
+      core.postcopyListen(this.handle, fd, hangupFd),
+      "Cannot watch the memory for missing pages",
+    );
+  }
+
+  /**
+   * All pages are there; or, with `isGone`, they will never be: then the
+   * memory is revoked, and nobody sleeps in it any more.
+   */
+  endPostcopy(isGone: boolean): void {
+    if (!this.#isClosed) core.postcopyEnd(this.handle, isGone ? 1 : 0);
+  }
+
   /** Puts zero pages in the place of all memory: a last resort. */
   revoke(): void {
     if (!this.#isClosed) core.memoryRevoke(this.handle);
@@ -360,6 +388,7 @@ export class GuestMemory {
     if (this.#isClosed) return;
     this.#stopWatching();
     this.onFault = undefined;
+    this.endPostcopy(true);
     core.memoryAbort(this.handle);
     this.prepare("replace", []);
     this.commit();

@@ -15,8 +15,11 @@ import {
   type ReplyOf,
 } from "../protocol/frontend_request.ts";
 import { type Codec, plainWire } from "../protocol/layout.ts";
-import type { MemoryRegionDescription } from "../protocol/memory_payloads.ts";
-import type { VringAddress } from "../protocol/payloads.ts";
+import {
+  type MemoryRegionDescription,
+  memoryTable,
+} from "../protocol/memory_payloads.ts";
+import { u64Payload, type VringAddress } from "../protocol/payloads.ts";
 import { payloadCodecs } from "../protocol/request_row.ts";
 import {
   type BackendRequestHandler,
@@ -257,6 +260,46 @@ export class FrontendConnection extends MessageSocket {
     } finally {
       core.descriptorClose(ends[1]);
     }
+  }
+
+  /** POSTCOPY_ADVISE: the back-end's userfaultfd, for `PageFaults`. */
+  async advisePostcopy(): Promise<number> {
+    const { descriptors } = await this.request(Request.POSTCOPY_ADVISE);
+    const fd = descriptors.take();
+    descriptors.close();
+    if (fd === undefined) throw new RefusedError("POSTCOPY_ADVISE");
+    return fd;
+  }
+
+  /** POSTCOPY_LISTEN: from here on the memory comes by `mapPostcopy`. */
+  async listenPostcopy(options?: RequestOptions): Promise<void> {
+    await this.exchange(Request.POSTCOPY_LISTEN, null, options);
+  }
+
+  /**
+   * SET_MEM_TABLE in postcopy: returns where the back-end has mapped each
+   * region. Nothing runs there before `acknowledgePostcopyMap`.
+   */
+  async mapPostcopy(regions: readonly RegionWithFile[]): Promise<bigint[]> {
+    const table = regions.map(({ description }) => description);
+    const fds = regions.map(({ fd }) => fd);
+    const payload = memoryTable.encode(table, plainWire);
+    const reply = await this.request(Request.SET_MEM_TABLE, payload, { fds });
+    reply.descriptors.close();
+    return this.#decode(Request.SET_MEM_TABLE, memoryTable, reply.payload)
+      .map((region) => region.uva);
+  }
+
+  /** Faults in the regions of `mapPostcopy` may come from here on. */
+  acknowledgePostcopyMap(): void {
+    const done = u64Payload.encode(0n, plainWire);
+    this.send(Request.SET_MEM_TABLE, done);
+  }
+
+  /** POSTCOPY_END: all pages are there. */
+  async endPostcopy(): Promise<void> {
+    const ack = await this.exchange(Request.POSTCOPY_END, null);
+    if (ack !== 0n) throw new RefusedError("POSTCOPY_END", ack);
   }
 
   /** Bytes of configuration space; rejects with RefusedError if refused. */

@@ -43,6 +43,7 @@ export {
   PackedLayout,
 } from "./packed_layout.ts";
 export * from "./connection.ts";
+export * from "./page_faults.ts";
 export * from "./message_socket.ts";
 export type {
   BackendAnswer,

@@ -63,6 +63,15 @@ export class Dispatcher {
       );
     }
     const row = findFrontendRow(message.request);
+    if (
+      this.#session.postcopy.isAckDue &&
+      row?.id !== FrontendRequest.SET_MEM_TABLE
+    ) {
+      throw new Vhost2Error(
+        "PROTOCOL",
+        `Cannot take a message of ${this.#session.name}: request ${message.request} came where postcopy's ack of SET_MEM_TABLE is due`,
+      );
+    }
     try {
       const reply = row === undefined
         ? await this.#custom(message)
@@ -113,11 +122,13 @@ export class Dispatcher {
         value: decoded.value.payload,
       } as ClassMessage, message);
     }
+    // Before the handler: the ack of the bases has no such reply itself.
+    const postcopy = session.postcopy.repliesWithBases;
     const value = await handler(session, decoded.value.payload, message);
     const due = replyDue(row, {
       needReply: false,
       protocolFeatures: session.ackedProtocolFeatures,
-      postcopy: false,
+      postcopy,
     });
     if (due.kind !== "reply") return null;
     const { encode } = payloadCodecs[due.payload] as Codec<unknown>;

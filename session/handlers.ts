@@ -16,6 +16,7 @@ import * as deviceState from "./handlers/device_state.ts";
 import * as features from "./handlers/features.ts";
 import * as lifecycle from "./handlers/lifecycle.ts";
 import * as memory from "./handlers/memory.ts";
+import * as postcopy from "./handlers/postcopy.ts";
 import * as shared from "./handlers/shared.ts";
 import * as vring from "./handlers/vring.ts";
 import type { ReplyWithDescriptors } from "./reply.ts";
@@ -53,6 +54,9 @@ export const handlers: Handlers = {
   [Id.SET_BACKEND_REQ_FD]: lifecycle.setBackendChannel,
   [Id.GET_CONFIG]: config.getConfig,
   [Id.SET_CONFIG]: config.setConfig,
+  [Id.POSTCOPY_ADVISE]: postcopy.advise,
+  [Id.POSTCOPY_LISTEN]: postcopy.listen,
+  [Id.POSTCOPY_END]: postcopy.end,
   [Id.RESET_DEVICE]: lifecycle.resetDevice,
   [Id.VRING_KICK]: vring.kick,
   [Id.GET_MAX_MEM_SLOTS]: memory.getMaxMemorySlots,

@@ -15,21 +15,31 @@ const always = featureMask(
   ProtocolFeature.BACKEND_SEND_FD,
   ProtocolFeature.HOST_NOTIFIER,
   ProtocolFeature.RESET_DEVICE,
-  ProtocolFeature.CONFIGURE_MEM_SLOTS,
   ProtocolFeature.STATUS,
   ProtocolFeature.GPA_ADDRESSES,
 );
 
 const inBand = featureMask(ProtocolFeature.INBAND_NOTIFICATIONS);
 
-/** The mask for a device, whatever its transport can carry. */
-export function offeredProtocolFeatures({ ops, declared, hasSharedMemory }: {
+/** What decides which features a device is offered with. */
+export interface OfferedOf {
   readonly ops: TargetOps;
   /** What the device implements in `customMessage`. */
   readonly declared: bigint;
   readonly hasSharedMemory: boolean;
-}): bigint {
-  let offered = always;
+  readonly hasPostcopy: boolean;
+}
+
+/** The mask for a device, whatever its transport can carry. */
+export function offeredProtocolFeatures(
+  { ops, declared, hasSharedMemory, hasPostcopy }: OfferedOf,
+): bigint {
+  // The specification forbids the two together.
+  let offered = always | featureMask(
+    hasPostcopy
+      ? ProtocolFeature.PAGEFAULT
+      : ProtocolFeature.CONFIGURE_MEM_SLOTS,
+  );
   // QEMU acks INBAND_NOTIFICATIONS without knowing its messages: only a user
   // who knows his front-end can offer it.
   offered |= declared & inBand;

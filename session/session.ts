@@ -30,6 +30,7 @@ import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
 import { InBandNotifications } from "./in_band.ts";
 import { offeredProtocolFeatures } from "./offered_features.ts";
+import { Postcopy } from "./postcopy.ts";
 import { Queue } from "./queue.ts";
 import { Sequencer } from "./sequencer.ts";
 import { SharedMemory } from "./shared_memory.ts";
@@ -48,6 +49,8 @@ export interface SessionOptions {
   readonly deviceType: string | undefined;
   /** Bytes of each shared memory region by its id; 0 where there is none. */
   readonly sharedMemory: readonly number[];
+  /** PAGEFAULT is offered. */
+  readonly postcopy: boolean;
   readonly queueCount: number;
   readonly device: (device: Device) => TargetOps;
   report(error: Vhost2Error, device: Device): void;
@@ -90,6 +93,7 @@ export class Session {
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
+  readonly postcopy: Postcopy = new Postcopy(this.memory);
   ops: TargetOps = {};
   /** Negotiated virtio features; null until SET_FEATURES. */
   ackedFeatures: bigint | null = null;
@@ -176,6 +180,7 @@ export class Session {
       ops: this.ops,
       declared: this.options.protocolFeatures,
       hasSharedMemory: this.sharedMemory.config.regionCount > 0,
+      hasPostcopy: this.options.postcopy,
     }) & this.connection.protocolFeatures;
   }
 
@@ -193,6 +198,8 @@ export class Session {
           this.report(error as Vhost2Error);
         }
         this.connection.close();
+        // What sleeps on a missing page could not be stopped.
+        this.postcopy.end(true);
         await this.#destroy();
       }
     } finally {
@@ -250,6 +257,7 @@ export class Session {
   close(): void {
     this.#end.abort();
     this.connection.close();
+    this.postcopy.end(true);
     this.#close();
   }
 
@@ -270,6 +278,7 @@ export class Session {
     this.backendChannel?.close();
     this.backendChannel = null;
     for (const vring of this.vrings) vring.close();
+    this.postcopy.end(true);
     this.memory.close();
   }
 
@@ -282,7 +291,7 @@ export class Session {
         () => this.ops.deviceFeaturesChanged?.(this.device, this.features),
       );
     }
-    if (this.deviceState.isTransferring) return;
+    if (this.deviceState.isTransferring || this.postcopy.isAckDue) return;
     for (const vring of this.vrings) {
       if (!vring.isReady || this.memory.state !== "ok") continue;
       const queue = this.#makeQueue(vring);

@@ -4,6 +4,7 @@
  * @module
  */
 
+import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { eventLoop } from "../ffi/event_loop.ts";
 import { featureMask, VirtioFeature } from "../protocol/features.ts";
@@ -16,6 +17,7 @@ import {
 } from "../transports/mod.ts";
 import { declarableProtocolFeatures } from "./class_messages.ts";
 import type { Device } from "./device.ts";
+import { openUserfault } from "./postcopy.ts";
 import { isInsideOp } from "./sequencer.ts";
 import { Session } from "./session.ts";
 import { refusalOfSizes } from "./shared_memory.ts";
@@ -51,6 +53,25 @@ export interface DeviceOptions {
    * files into them.
    */
   readonly sharedMemory?: readonly number[];
+  /**
+   * Offers postcopy migration (PAGEFAULT) to a front-end that migrates a guest
+   * here; false unless given. It takes the place of CONFIGURE_MEM_SLOTS, with
+   * which the specification forbids it: guest memory then has at most 8
+   * regions, of memfd, tmpfs or hugetlbfs.
+   *
+   * While a page of the guest is still on the other machine, **the thread that
+   * touches it sleeps** until the front-end has filled it, and with it every
+   * target of that thread: where other guests must not wait for the network of
+   * this one, give it a process of its own. Nothing in this process is needed
+   * for the page to come; the front-end must be another process. When it dies
+   * first, the sleepers wake up, the memory is revoked and the device ends; a
+   * front-end that lives and never fills the page is waited for.
+   *
+   * `registerTarget` throws SYSTEM, with the reason, where the kernel refuses
+   * a userfaultfd that covers system calls: it takes CAP_SYS_PTRACE, access to
+   * /dev/userfaultfd, or `sysctl vm.unprivileged_userfaultfd=1`.
+   */
+  readonly postcopy?: boolean;
   /** Queues at most, 1 to 256; 1 unless given. */
   readonly queueCount?: number;
   /**
@@ -144,6 +165,7 @@ export class Target {
         protocolFeatures: this.#options.protocolFeatures ?? 0n,
         deviceType: this.#options.deviceType,
         sharedMemory: this.#options.sharedMemory ?? [],
+        postcopy: this.#options.postcopy ?? false,
         queueCount: this.#options.queueCount ?? 1,
         device: this.#options.device,
         report: (error, device) => this.#report(error, device),
@@ -253,6 +275,8 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
   if (wrongSizes !== null) {
     throw new Vhost2Error("OPTION", `Cannot use sharedMemory: ${wrongSizes}`);
   }
+  // Told here, not to the first guest that migrates.
+  if (options.postcopy) core.descriptorClose(openUserfault());
   const name = targetName(options);
   if (registered.has(name)) {
     throw new Vhost2Error(

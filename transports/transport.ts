@@ -103,6 +103,11 @@ export interface Connection {
   /** Protocol features that this transport can carry. */
   readonly protocolFeatures: bigint;
   /**
+   * A descriptor that hangs up when the front-end goes, for a native wait;
+   * null where there is none. It stays the connection's.
+   */
+  readonly hangupFd: number | null;
+  /**
    * The next message; null when the front-end has gone. One call at a time.
    * Rejects with PROTOCOL when the framing is broken.
    */

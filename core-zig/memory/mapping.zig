@@ -11,6 +11,7 @@ const linux = std.os.linux;
 const sync = @import("../sync.zig");
 const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
+const userfault = @import("userfault.zig");
 
 const Atomic = std.atomic.Value;
 
@@ -103,6 +104,9 @@ pub const Mapping = struct {
     /// The file's pages were replaced by zero pages.
     is_zeroed: Atomic(bool) = .init(false),
 
+    /// The userfaultfd that watches it for missing pages, or -1.
+    userfault: Atomic(i32) = .init(-1),
+
     /// One of the owner, and one of each I/O in flight.
     references: Atomic(u32) = .init(0),
     /// Zero pages are due when the I/O in flight ends (`memory_revoke`).
@@ -144,7 +148,24 @@ pub const Mapping = struct {
         if (self.is_borrowed) return true;
         if (!zeroRange(self.base, self.map_size)) return false;
         self.is_zeroed.store(true, .release);
+        self.wakeSleepers();
         return true;
+    }
+
+    /// The file's bytes take the place of all its pages, in one step.
+    pub fn replaceBy(self: *Mapping, fd: i32) bool {
+        const raw = linux.mmap(@ptrFromInt(self.base), self.map_size, Prot, .{ .TYPE = .SHARED, .NORESERVE = true, .FIXED = true }, fd, 0);
+        if (sys.isError(raw)) return false;
+        self.is_zeroed.store(true, .release);
+        self.wakeSleepers();
+        return true;
+    }
+
+    /// Who waits for a page of a mapping that was replaced would wait for
+    /// ever. Async-signal-safe.
+    fn wakeSleepers(self: *Mapping) void {
+        const fd = self.userfault.load(.seq_cst);
+        if (fd >= 0) userfault.wakeRange(fd, self.base, self.map_size);
     }
 
     fn watch(self: *Mapping, health: ?*Health) void {
@@ -157,7 +178,7 @@ pub const Mapping = struct {
     /// or we see the handler (both sides seq_cst) and wait until it is through.
     fn unwatch(self: *Mapping) void {
         self.watch_start.store(0, .seq_cst);
-        while (handlers_inside.load(.seq_cst) != 0) _ = linux.sched_yield();
+        awaitHandlers();
     }
 
     /// Ends the mapping and frees its slot.
@@ -180,6 +201,11 @@ pub const Mapping = struct {
         free(self);
     }
 };
+
+/// Returns when no signal handler is at work that began before the call.
+pub fn awaitHandlers() void {
+    while (handlers_inside.load(.seq_cst) != 0) _ = linux.sched_yield();
+}
 
 const Prot = linux.PROT{ .READ = true, .WRITE = true };
 const dontdump = 16; // MADV_DONTDUMP: guest memory is not for core dumps
@@ -234,6 +260,7 @@ fn free(slot: *Mapping) void {
     slot.health.store(null, .monotonic);
     slot.is_zeroed.store(false, .monotonic);
     slot.is_revoked.store(false, .monotonic);
+    slot.userfault.store(-1, .monotonic);
     slot.references.store(0, .monotonic);
     slot.phase = .free;
     slot.is_borrowed = false;
@@ -333,6 +360,7 @@ pub fn onFault(address: usize) bool {
         if (start == 0 or address < start or address >= slot.watch_end.load(.monotonic)) continue;
         if (!zeroRange(start, slot.watch_end.load(.monotonic) - start)) return false;
         slot.is_zeroed.store(true, .release);
+        slot.wakeSleepers();
         if (slot.health.load(.monotonic)) |health| health.fault();
         return true;
     }

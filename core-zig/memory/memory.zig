@@ -16,6 +16,7 @@ const sync = @import("../sync.zig");
 const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
 const poll = @import("../poll.zig");
+const postcopy = @import("postcopy.zig");
 const mapping = @import("mapping.zig");
 const stage = @import("stage.zig");
 const tables = @import("table.zig");
@@ -47,6 +48,8 @@ pub const Memory = struct {
     retired_count: u32,
     is_dying: bool,
     next_spare: ?*Memory,
+    /// While pages are on their way from another machine.
+    postcopy: ?*postcopy.Guard,
     views: views.Views,
 
     /// A reader section: the table stays whole until `leave`. Sections may
@@ -210,6 +213,7 @@ pub fn createWithEvent(event: i32) i32 {
     self.retired_tables = null;
     self.retired_count = 0;
     self.is_dying = false;
+    self.postcopy = null;
     self.views.first = null;
     self.lock.unlock();
     if (handles.insert(self)) |handle| return @intCast(handle);
@@ -238,6 +242,7 @@ pub fn prepare(handle: u32, kind: u32, requests: ?[*]const layout.RegionRequest,
     if (count > 0 and kind != layout.prepare_remove and
         self.health.state.load(.acquire) == layout.memory_revoked) return sys.fail(.STALE);
     var next: stage.Stage = .{ .current = self.table.load(.acquire), .views = &self.views, .health = &self.health, .result = result };
+    if (self.postcopy) |guard| next.userfault = guard.fd;
     var code: i32 = 0;
     const asked: []const layout.RegionRequest = if (count > 0) requests.?[0..count] else &.{};
     self.staged = next.run(kind, asked, &code) catch return code;
@@ -398,14 +403,15 @@ pub fn copy(handle: u32, copies: ?[*]const layout.Copy, count: u32, buffer: ?[*]
     return 0;
 }
 
-/// -EBUSY while a region is published, staged or not released. Afterwards the
+/// -EBUSY while a region is published, staged or not released, and before the
+/// end of postcopy. Afterwards the
 /// handle is dead; I/O in flight and readers finish first.
 pub fn destroy(handle: u32) callconv(.c) i32 {
     const self = get(handle) orelse return sys.fail(.BADF);
     self.lock.lock();
     defer self.lock.unlock();
     const table = self.table.load(.acquire);
-    if (self.staged != null or table.regions.len > 0) return sys.fail(.BUSY);
+    if (self.staged != null or table.regions.len > 0 or self.postcopy != null) return sys.fail(.BUSY);
     var next = self.views.first;
     while (next) |region| : (next = region.next) {
         if (region.phase == .retired) return sys.fail(.BUSY);
@@ -468,6 +474,8 @@ pub fn unmap(address: u64, size: f64) callconv(.c) i32 {
 test {
     _ = copying;
     _ = mapping;
+    _ = postcopy;
+    _ = @import("userfault.zig");
     _ = stage;
     _ = tables;
     _ = views;

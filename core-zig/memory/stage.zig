@@ -8,6 +8,7 @@ const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
 const mapping = @import("mapping.zig");
 const tables = @import("table.zig");
+const userfault = @import("userfault.zig");
 const view_numbers = @import("views.zig");
 
 const Mapping = mapping.Mapping;
@@ -37,6 +38,8 @@ pub const Stage = struct {
     views: *view_numbers.Views,
     health: *mapping.Health,
     result: *Result,
+    /// In postcopy: what watches the new regions for missing pages, else -1.
+    userfault: i32 = -1,
     list: [layout.max_regions]Candidate = undefined,
     count: u32 = 0,
     /// Bytes that this stage has mapped.
@@ -192,6 +195,9 @@ pub const Stage = struct {
                 error.RegisterFull => return self.refuse(index, layout.refuse_mappings, 0, 0, .NOSPC, code),
                 error.System => return self.refuseMap(index, errno, code),
             };
+            // Before anybody can touch it: a page that is touched unwatched
+            // is a page of zeros, and stays one.
+            if (self.userfault >= 0) try self.watch(region_mapping, index, code);
         }
         if (!self.views.insert(region_mapping)) {
             region_mapping.unmap();
@@ -202,6 +208,13 @@ pub const Stage = struct {
         candidate.mapping = region_mapping;
         self.new_bytes +|= request.size;
         self.result.added += 1;
+    }
+
+    fn watch(self: *Stage, region_mapping: *Mapping, index: u32, code: *i32) Refused!void {
+        const watched = userfault.register(self.userfault, region_mapping.base, region_mapping.map_size);
+        if (watched >= 0) return region_mapping.userfault.store(self.userfault, .release);
+        region_mapping.unmap();
+        return self.refuse(index, layout.refuse_userfault, @intCast(-watched), 0, .INVAL, code);
     }
 
     fn refuseMap(self: *Stage, index: u32, errno: i32, code: *i32) Refused {

@@ -2,6 +2,7 @@
 
 import { constants } from "../../ffi/abi.gen.ts";
 import type { RegionDescription } from "../../ffi/guest_memory.ts";
+import { uva } from "../../protocol/address.ts";
 import type { MemoryRegionDescription } from "../../protocol/memory_payloads.ts";
 import type { Message } from "../../transports/transport.ts";
 import type { Session } from "../session.ts";
@@ -40,8 +41,18 @@ export async function setMemoryTable(
   session: Session,
   regions: readonly MemoryRegionDescription[],
   message: Message,
-): Promise<void> {
+): Promise<readonly MemoryRegionDescription[] | void> {
+  const { postcopy } = session;
+  if (postcopy.isAckDue) return postcopy.acknowledge(message.payload);
+  // No fault may come before the front-end knows where the regions are.
+  if (postcopy.repliesWithBases) await session.stopQueues(() => true);
   await change(session, "replace", describe(session, message, regions));
+  if (!postcopy.repliesWithBases) return;
+  postcopy.awaitAck();
+  const bases = new Map(
+    session.memory.regions.map(({ gpa, address }) => [gpa, address]),
+  );
+  return regions.map((r) => ({ ...r, uva: uva(bases.get(r.gpa)!) }));
 }
 
 export async function addRegion(

@@ -26,6 +26,7 @@ export interface ServeOptions {
   readonly protocolFeatures?: bigint;
   readonly deviceType?: string;
   readonly sharedMemory?: readonly number[];
+  readonly postcopy?: boolean;
   /** 4 unless given. */
   readonly queueCount?: number;
   /** The device that does the work; an echo unless given. */
@@ -63,6 +64,7 @@ export function targetOptions(
     protocolFeatures: options.protocolFeatures,
     deviceType: options.deviceType,
     sharedMemory: options.sharedMemory,
+    postcopy: options.postcopy,
     queueCount: options.queueCount ?? 4,
     device: (device) => recording.ops(device, make(device)),
     onError: errors.push,

@@ -68,6 +68,11 @@ export class Channel {
     }
   }
 
+  /** The socket; it stays the channel's. */
+  get fd(): number {
+    return this.#fd;
+  }
+
   get isOpen(): boolean {
     return this.#isOpen;
   }

@@ -33,6 +33,10 @@ export class VhostUserConnection implements Connection {
     this.#channel = new Channel(fd, name);
   }
 
+  get hangupFd(): number | null {
+    return this.#channel.isOpen ? this.#channel.fd : null;
+  }
+
   get onHangup(): (() => void) | undefined {
     return this.#channel.onHangup;
   }
