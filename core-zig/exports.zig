@@ -14,6 +14,7 @@ const poll = @import("poll.zig");
 const memory = @import("memory/memory.zig");
 const postcopy = @import("memory/postcopy.zig");
 const userfault = @import("memory/userfault.zig");
+const dirty_log = @import("memory/dirty_log.zig");
 const ring = @import("ring/ring.zig");
 const file = @import("file/engine.zig");
 const file_traits = @import("file/traits.zig");
@@ -84,6 +85,14 @@ pub const manifest = .{
     .{ "userfault_read", userfault.read, "fd addresses_out capacity" },
     .{ "userfault_copy", userfault.copy, "fd address source size" },
     .{ "userfault_wake", userfault.wake, "fd address size" },
+
+    // The dirty log of a guest memory
+    .{ "log_set_base", dirty_log.setBase, "memory fd size offset result_out" },
+    .{ "log_set_event", dirty_log.setEvent, "memory fd" },
+    .{ "log_set_logging", dirty_log.setLogging, "memory is_on" },
+    .{ "log_set_ring", dirty_log.setRing, "memory queue is_logged address" },
+    .{ "log_mark", dirty_log.mark, "memory gpa length" },
+    .{ "log_mark_ring", dirty_log.markRing, "memory queue offset length" },
 
     // Virtqueues, split and packed, device side
     .{ "ring_create", ring.create, "memory config reason_out" },

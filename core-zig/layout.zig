@@ -118,7 +118,12 @@ pub const RingConfig = extern struct {
     header_bytes: u32,
     trailer_bytes: u32,
     flags: u32,
+    /// 0-based.
+    queue_index: u32 = 0,
+    reserved: u32 = 0,
 };
+/// What the device writes may have to be logged (LOG_SHMFD is negotiated).
+pub const flag_ring_logged: u32 = 1;
 
 /// Why `ring_create` refused: the number of descriptors, one of the areas, or
 /// another field (space, base, header_bytes, trailer_bytes, flags).
@@ -283,7 +288,7 @@ comptime {
     std.debug.assert(@sizeOf(PrepareResult) == 40);
     std.debug.assert(@sizeOf(RegionInfo) == 40);
     std.debug.assert(@sizeOf(Translation) == 32);
-    std.debug.assert(@sizeOf(RingConfig) == 56);
+    std.debug.assert(@sizeOf(RingConfig) == 64);
     std.debug.assert(@sizeOf(RingState) == 40);
     std.debug.assert(@sizeOf(Request) == 48);
     std.debug.assert(@sizeOf(Segment) == 16);

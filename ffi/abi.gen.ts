@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 524888851;
+export const abiHash = 1141821994;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -282,6 +282,42 @@ export const functions = {
     names: "fd, address, size",
     result: "i32",
   },
+  logSetBase: {
+    symbol: "vhost2_log_set_base",
+    parameters: ["u32", "i32", "u64", "u64", "buffer"],
+    names: "memory, fd, size, offset, resultOut",
+    result: "i32",
+  },
+  logSetEvent: {
+    symbol: "vhost2_log_set_event",
+    parameters: ["u32", "i32"],
+    names: "memory, fd",
+    result: "i32",
+  },
+  logSetLogging: {
+    symbol: "vhost2_log_set_logging",
+    parameters: ["u32", "u32"],
+    names: "memory, isOn",
+    result: "i32",
+  },
+  logSetRing: {
+    symbol: "vhost2_log_set_ring",
+    parameters: ["u32", "u32", "u32", "u64"],
+    names: "memory, queue, isLogged, address",
+    result: "i32",
+  },
+  logMark: {
+    symbol: "vhost2_log_mark",
+    parameters: ["u32", "u64", "u64"],
+    names: "memory, gpa, length",
+    result: "i32",
+  },
+  logMarkRing: {
+    symbol: "vhost2_log_mark_ring",
+    parameters: ["u32", "u32", "u32", "u32"],
+    names: "memory, queue, offset, length",
+    result: "i32",
+  },
   ringCreate: {
     symbol: "vhost2_ring_create",
     parameters: ["u32", "buffer", "buffer"],
@@ -410,7 +446,7 @@ export const layouts = {
     contiguous: 24,
   },
   RingConfig: {
-    byteSize: 56,
+    byteSize: 64,
     descriptorAddress: 0,
     availableAddress: 8,
     usedAddress: 16,
@@ -421,6 +457,8 @@ export const layouts = {
     headerBytes: 44,
     trailerBytes: 48,
     flags: 52,
+    queueIndex: 56,
+    reserved: 60,
   },
   RingState: {
     byteSize: 40,
@@ -566,6 +604,7 @@ export const constants = {
   memoryOk: 0,
   memoryFaulted: 1,
   memoryRevoked: 2,
+  flagRingLogged: 1,
   refuseRingSize: 1,
   refuseRingDescriptorArea: 2,
   refuseRingAvailableArea: 3,

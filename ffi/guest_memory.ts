@@ -14,6 +14,7 @@
 
 import { constants, layouts } from "./abi.gen.ts";
 import { binding, core } from "./core.ts";
+import { DirtyLog } from "./dirty_log.ts";
 import { check, Errno, errnoName, Vhost2Error } from "./errors.ts";
 import { eventLoop } from "./event_loop.ts";
 
@@ -125,6 +126,8 @@ function refusal(region: RegionDescription | undefined): string {
 export class GuestMemory {
   /** The core's handle. */
   readonly handle: number;
+  /** What is written is logged here for a front-end that migrates. */
+  readonly log: DirtyLog;
   /** Windows by view number; a hole where no region is. */
   readonly views: (Uint8Array<ArrayBuffer> | undefined)[] = [];
   /** The same windows for reading wider fields. */
@@ -140,6 +143,7 @@ export class GuestMemory {
       core.memoryCreate(eventLoop.handle),
       "Cannot make a guest memory",
     );
+    this.log = new DirtyLog(this.handle);
     this.#stopWatching = eventLoop.onFault(() => {
       if (this.state !== "faulted") return;
       const handler = this.onFault;

@@ -19,7 +19,11 @@ import {
   type MemoryRegionDescription,
   memoryTable,
 } from "../protocol/memory_payloads.ts";
-import { u64Payload, type VringAddress } from "../protocol/payloads.ts";
+import {
+  type LogDescription,
+  u64Payload,
+  type VringAddress,
+} from "../protocol/payloads.ts";
 import { payloadCodecs } from "../protocol/request_row.ts";
 import {
   type BackendRequestHandler,
@@ -142,6 +146,30 @@ export class FrontendConnection extends MessageSocket {
 
   async resetDevice(options?: RequestOptions): Promise<void> {
     await this.exchange(Request.RESET_DEVICE, null, options);
+  }
+
+  /**
+   * Has writes logged into a part of a file, instead of the log before, which
+   * nobody uses any more when the reply has come.
+   */
+  async setLogBase(
+    { description, fd }: { description: LogDescription; fd: number },
+  ): Promise<void> {
+    const payload = payloadCodecs.logBase.encode(
+      { kind: "log", ...description },
+      plainWire,
+    );
+    const options = { fds: [fd] };
+    const reply = await this.request(Request.SET_LOG_BASE, payload, options);
+    reply.descriptors.close();
+    const id = Request.SET_LOG_BASE;
+    const value = this.#decode(id, payloadCodecs.u64, reply.payload);
+    if (value !== 0n) throw new RefusedError("SET_LOG_BASE", value);
+  }
+
+  /** An eventfd for the back-end to signal when the log has changed. */
+  async setLogFd(fd: number, options?: RequestOptions): Promise<void> {
+    await this.exchange(Request.SET_LOG_FD, null, { ...options, fds: [fd] });
   }
 
   /** The n-th region is in the file of the n-th descriptor. */

@@ -15,8 +15,9 @@ import {
 } from "../protocol/features.ts";
 import type { BackendMessage } from "../protocol/backend_request.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
-import type { VringAddress } from "../protocol/payloads.ts";
+import { VRING_FLAG_LOG, type VringAddress } from "../protocol/payloads.ts";
 import { FrontendConnection } from "./connection.ts";
+import { DirtyLog } from "./dirty_log.ts";
 import {
   GuestRam,
   type RamRegion,
@@ -37,6 +38,7 @@ export const DeviceStatus = {
 /** Protocol features that this front-end knows how to use. */
 export const supportedProtocolFeatures: bigint = featureMask(
   Protocol.MQ,
+  Protocol.LOG_SHMFD,
   Protocol.REPLY_ACK,
   Protocol.BACKEND_REQ,
   Protocol.CONFIG,
@@ -92,6 +94,16 @@ export interface RingFormatOptions {
   readonly packed: boolean;
 }
 
+/** What is logged. */
+export interface LogOptions {
+  /** Buffers (LOG_ALL); true unless given. */
+  readonly buffers?: boolean;
+  /** What the device writes into the rings (VHOST_VRING_F_LOG); likewise. */
+  readonly rings?: boolean;
+  /** Bytes of the log's file in front of it; 0 unless given. */
+  readonly offset?: number;
+}
+
 /** How one queue is started. */
 export interface StartQueueOptions {
   /** Where to go on; where the last stop ended unless given. */
@@ -121,6 +133,9 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly #ownsRam: boolean;
   readonly #acksAll: boolean;
   readonly #bases: number[];
+  #log: DirtyLog | undefined;
+  #logsBuffers = false;
+  #logsRings = false;
   readonly #started = new Set<number>();
   /** What the back-end has by ADD_MEM_REG. */
   readonly #sentRegions = new Set<RamRegion>();
@@ -235,7 +250,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /** Sends features and memory; then queues can be started singly. */
   async activate(): Promise<void> {
-    await this.connection.setFeatures(this.features, this.#ackOfAll);
+    await this.#sendFeatures(this.#ackOfAll);
     await this.setStatusBits(
       DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK,
     );
@@ -280,13 +295,63 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       ringAddress(isGpa ? value : this.ram.toUva(value));
     return {
       index,
-      flags: 0,
+      flags: this.#logsRings ? VRING_FLAG_LOG : 0,
       descriptor: address(descriptor),
       used: address(used),
       available: address(available),
       // As QEMU does: there even when nothing is logged.
       log: gpa(used),
     };
+  }
+
+  #sendFeatures(options: { ack: boolean }): Promise<void> {
+    const logAll = featureMask(VirtioFeature.LOG_ALL);
+    return this.connection.setFeatures(
+      this.features | (this.#logsBuffers ? logAll : 0n),
+      options,
+    );
+  }
+
+  /**
+   * Has the device log what it writes, as at the begin of a migration; queues
+   * go on. A new log takes the place of the one before, which is closed.
+   * Needs LOG_SHMFD.
+   */
+  async startLog(options: LogOptions = {}): Promise<DirtyLog> {
+    const end = this.ram.regions.reduce(
+      (most, { gpa, size }) =>
+        gpa + BigInt(size) > most ? gpa + BigInt(size) : most,
+      0n,
+    );
+    const log = new DirtyLog({ end, offset: options.offset });
+    try {
+      await this.connection.setLogBase(log);
+    } catch (error) {
+      log.close();
+      throw error;
+    }
+    this.#log?.close();
+    this.#log = log;
+    await this.#setLogging(options.buffers ?? true, options.rings ?? true);
+    return log;
+  }
+
+  /** The end of it: nothing is logged any more, and the log is closed. */
+  async stopLog(): Promise<void> {
+    if (this.#log === undefined) return;
+    await this.#setLogging(false, false);
+    this.#log.close();
+    this.#log = undefined;
+  }
+
+  /** SET_FEATURES and SET_VRING_ADDR, as QEMU toggles logging. */
+  async #setLogging(buffers: boolean, rings: boolean): Promise<void> {
+    this.#logsBuffers = buffers;
+    this.#logsRings = rings;
+    await this.#sendFeatures(this.#ack);
+    for (const index of this.#started) {
+      await this.connection.setVringAddr(this.vringAddress(index), this.#ack);
+    }
   }
 
   /** NUM, BASE, ADDR, CALL, KICK, ENABLE; then a kick, as the standard asks. */
@@ -429,6 +494,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   #free(): void {
     for (const driver of this.queues) driver.close();
+    this.#log?.close();
     if (this.#ownsRam) this.ram.close();
   }
 }
@@ -451,8 +517,10 @@ async function negotiate(
       "Cannot use packed rings: the device does not offer RING_PACKED",
     );
   }
+  // The log toggles it.
+  const never = packed | featureMask(VirtioFeature.LOG_ALL);
   const features = offered &
-    ((options.features ?? supportedFeatures) & ~packed |
+    ((options.features ?? supportedFeatures) & ~never |
       (options.packed ? packed : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {

@@ -13,6 +13,7 @@ export * from "./device.ts";
 
 // Its parts: memory, the driver's side of a ring, messages.
 export * from "./guest_ram.ts";
+export * from "./dirty_log.ts";
 export {
   type ChainOptions,
   type DriverAddresses,

@@ -20,6 +20,7 @@ import { Refusal } from "./refusal.ts";
 /** Protocol features that a device may declare, as it implements them. */
 export const declarableProtocolFeatures: bigint = featureMask(
   ProtocolFeature.INBAND_NOTIFICATIONS,
+  ProtocolFeature.LOG_SHMFD,
   ProtocolFeature.RARP,
   ProtocolFeature.NET_MTU,
   ProtocolFeature.CRYPTO_SESSION,

@@ -133,6 +133,35 @@ export class Device {
   }
 
   /**
+   * Logs that guest memory was written, for the front-end that migrates the
+   * guest: to be called after the write, and before the request that it was for
+   * is used. `virtqueue/` does it for all writable parts of its requests; this
+   * is for who writes elsewhere, or processes rings by himself. Costs little,
+   * and does nothing, unless LOG_ALL is in `features`. Pages outside the guest
+   * are ignored. (vhost-user, "Logging".)
+   *
+   * @param address guest physical address
+   * @param length bytes
+   *
+   * @example
+   * ```ts
+   * import type { Device } from "vhost2";
+   * function writeByte(device: Device, address: bigint, value: number): void {
+   *   const view = device.translate(address, 1);
+   *   if (view === null) return;
+   *   view[0] = value;
+   *   device.markDirty(address, 1);
+   * }
+   * if (typeof writeByte !== "function") throw new Error();
+   * ```
+   */
+  markDirty(address: bigint, length: number): void {
+    if (!(length >= 1) || address !== BigInt.asUintN(64, address)) return;
+    const bytes = Math.min(Math.ceil(length), Number.MAX_SAFE_INTEGER);
+    this.#session.memory.log.mark(address, bytes);
+  }
+
+  /**
    * Tells the driver that configuration space has changed; it then reads it
    * (`getConfig`). Never blocks; does nothing where the front-end cannot be
    * told.

@@ -13,6 +13,7 @@ import type { FrontendRequestId } from "../protocol/frontend_request.ts";
 import type { Message } from "../transports/transport.ts";
 import * as config from "./handlers/config.ts";
 import * as deviceState from "./handlers/device_state.ts";
+import * as dirtyLog from "./handlers/dirty_log.ts";
 import * as features from "./handlers/features.ts";
 import * as lifecycle from "./handlers/lifecycle.ts";
 import * as memory from "./handlers/memory.ts";
@@ -40,6 +41,8 @@ export const handlers: Handlers = {
   [Id.SET_OWNER]: lifecycle.setOwner,
   [Id.RESET_OWNER]: lifecycle.resetOwner,
   [Id.SET_MEM_TABLE]: memory.setMemoryTable,
+  [Id.SET_LOG_BASE]: dirtyLog.setLogBase,
+  [Id.SET_LOG_FD]: dirtyLog.setLogFd,
   [Id.SET_VRING_NUM]: vring.setNum,
   [Id.SET_VRING_ADDR]: vring.setAddress,
   [Id.SET_VRING_BASE]: vring.setBase,

@@ -19,12 +19,19 @@ const always = featureMask(
   ProtocolFeature.GPA_ADDRESSES,
 );
 
-const inBand = featureMask(ProtocolFeature.INBAND_NOTIFICATIONS);
+/** Declared, they need no `customMessage`: the library has the messages. */
+const libraryMessages = featureMask(
+  // QEMU acks INBAND_NOTIFICATIONS without knowing its messages: only a user
+  // who knows his front-end can offer it.
+  ProtocolFeature.INBAND_NOTIFICATIONS,
+  // Only who processes the rings knows whether all writes are logged.
+  ProtocolFeature.LOG_SHMFD,
+);
 
 /** What decides which features a device is offered with. */
 export interface OfferedOf {
   readonly ops: TargetOps;
-  /** What the device implements in `customMessage`. */
+  /** `DeviceOptions.protocolFeatures`. */
   readonly declared: bigint;
   readonly hasSharedMemory: boolean;
   readonly hasPostcopy: boolean;
@@ -40,9 +47,7 @@ export function offeredProtocolFeatures(
       ? ProtocolFeature.PAGEFAULT
       : ProtocolFeature.CONFIGURE_MEM_SLOTS,
   );
-  // QEMU acks INBAND_NOTIFICATIONS without knowing its messages: only a user
-  // who knows his front-end can offer it.
-  offered |= declared & inBand;
+  offered |= declared & libraryMessages;
   if (ops.customMessage !== undefined) offered |= declared;
   if (ops.getConfig !== undefined) {
     offered |= featureMask(ProtocolFeature.CONFIG);

@@ -21,6 +21,7 @@ export interface QueueSetup {
   readonly usedRing: Uint8Array<ArrayBuffer>;
   readonly base: number;
   readonly isPolled: boolean;
+  readonly isLogged: boolean;
   readonly memory: GuestMemory;
   logAddress(): Gpa | null;
   setHostNotifier(area: HostNotifier | null): Promise<void>;
@@ -74,6 +75,11 @@ export class Queue {
   readonly usedRing: Uint8Array<ArrayBuffer>;
   /** The front-end gave no kick: whoever processes the queue must look. */
   readonly isPolled: boolean;
+  /**
+   * What is written for the queue may have to be logged: LOG_SHMFD is
+   * negotiated.
+   */
+  readonly isLogged: boolean;
   /** For `virtqueue/`: the ring's addresses. */
   readonly addresses: RingAddresses;
   /** For `virtqueue/`: the memory in which the ring and its buffers are. */
@@ -101,6 +107,7 @@ export class Queue {
     this.availableRing = setup.availableRing;
     this.usedRing = setup.usedRing;
     this.isPolled = setup.isPolled;
+    this.isLogged = setup.isLogged;
     this.addresses = setup.addresses;
     this.memory = setup.memory;
     this.availableIndex = setup.base;
@@ -112,6 +119,17 @@ export class Queue {
    */
   get logAddress(): Gpa | null {
     return this.#isStarted ? this.#setup.logAddress() : null;
+  }
+
+  /**
+   * For who writes the used ring by himself: logs `length` bytes at `offset`
+   * of it (of the device event suppression, with RING_PACKED), after they were
+   * written. Does nothing while `logAddress` is null. What was written into the
+   * request's buffers is a matter of `device.markDirty`.
+   */
+  markUsed(offset: number, length: number): void {
+    if (!this.#isStarted) return;
+    this.memory.log.markRing(this.index, offset, length);
   }
 
   /** False once the queue has been stopped. */

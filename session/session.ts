@@ -43,7 +43,7 @@ export interface SessionOptions {
   readonly owner: unknown;
   /** Virtio features offered, the library's own included. */
   readonly features: bigint;
-  /** Protocol features that the device implements in `customMessage`. */
+  /** `DeviceOptions.protocolFeatures`. */
   readonly protocolFeatures: bigint;
   /** The type of device, where it has messages of its own. */
   readonly deviceType: string | undefined;
@@ -124,7 +124,7 @@ export class Session {
       this.report(
         new Vhost2Error(
           "MEMORY",
-          `Cannot go on with ${this.name}: the front-end took guest memory away (its file became shorter)`,
+          `Cannot go on with ${this.name}: the front-end took guest memory away (its file, or the dirty log's, became shorter)`,
         ),
       );
       for (const vring of this.vrings) this.#signalError(vring);
@@ -329,6 +329,10 @@ export class Session {
       size: vring.size,
       features: this.features & ~logAllMask,
       addresses: { space, ...addresses },
+      isLogged: hasFeature(
+        this.ackedProtocolFeatures,
+        ProtocolFeature.LOG_SHMFD,
+      ),
       descriptorTable,
       availableRing,
       usedRing,

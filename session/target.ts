@@ -7,7 +7,12 @@
 import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { eventLoop } from "../ffi/event_loop.ts";
-import { featureMask, VirtioFeature } from "../protocol/features.ts";
+import {
+  featureMask,
+  hasFeature,
+  ProtocolFeature,
+  VirtioFeature,
+} from "../protocol/features.ts";
 import {
   type Connection,
   openTransport,
@@ -30,16 +35,19 @@ const maxQueueCount = 256;
 export interface DeviceOptions {
   /**
    * Virtio features offered, as a mask. The library appends VERSION_1 and
-   * PROTOCOL_FEATURES and nothing else: ring features such as INDIRECT or
+   * PROTOCOL_FEATURES (LOG_ALL with LOG_SHMFD) and nothing else: ring features such as INDIRECT or
    * EVENT_IDX are the business of whoever processes the rings
    * (`virtqueueFeatures` for devices that use `virtqueue/`).
    */
   readonly features?: bigint;
   /**
    * Protocol features to offer beside the library's, as a mask: RARP, NET_MTU
-   * and CRYPTO_SESSION, whose messages reach `customMessage`, and
+   * and CRYPTO_SESSION, whose messages reach `customMessage`;
    * INBAND_NOTIFICATIONS, for front-ends that send kicks as messages (QEMU
-   * does not, but acks the feature).
+   * does not, but acks the feature); and LOG_SHMFD, without which QEMU migrates
+   * no guest, where all that the device writes into the guest is logged: so
+   * does `virtqueue/` (`virtqueueProtocolFeatures`); who writes by himself uses
+   * `device.markDirty` and `queue.markUsed`.
    */
   readonly protocolFeatures?: bigint;
   /**
@@ -91,6 +99,11 @@ export interface DeviceOptions {
 /** Options of `registerTarget`. */
 export type TargetOptions = TransportOptions & DeviceOptions;
 
+/** Whether what the device writes into the guest can be logged. */
+function isLogged({ protocolFeatures = 0n }: TargetOptions): boolean {
+  return hasFeature(protocolFeatures, ProtocolFeature.LOG_SHMFD);
+}
+
 /** Errors reported of one front-end: it must not fill the user's log. */
 const maxReports = 1000;
 
@@ -112,7 +125,8 @@ export class Target {
     this.name = name;
     this.#options = options;
     this.#features = (options.features ?? 0n) |
-      featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES);
+      featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES) |
+      (isLogged(options) ? featureMask(VirtioFeature.LOG_ALL) : 0n);
   }
 
   /** The devices of the front-ends that are connected now. */
@@ -268,7 +282,7 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
   ) {
     throw new Vhost2Error(
       "OPTION",
-      `Cannot use protocolFeatures: ${protocolFeatures} (of RARP, NET_MTU, CRYPTO_SESSION and INBAND_NOTIFICATIONS; the library offers the others)`,
+      `Cannot use protocolFeatures: ${protocolFeatures} (of RARP, NET_MTU, CRYPTO_SESSION, INBAND_NOTIFICATIONS and LOG_SHMFD; the library offers the others)`,
     );
   }
   const wrongSizes = refusalOfSizes(options.sharedMemory ?? []);

@@ -23,3 +23,10 @@
  */
 export const virtqueueFeatures: bigint = (1n << 28n) | (1n << 29n) |
   (1n << 34n);
+
+/**
+ * LOG_SHMFD (1) as a mask, for the `protocolFeatures` of a device that writes
+ * guest memory through `virtqueue/` only: all of that is logged, so that the
+ * guest can be migrated.
+ */
+export const virtqueueProtocolFeatures: bigint = 1n << 1n;

@@ -18,6 +18,8 @@ export interface StartedQueue {
   };
   readonly memory: GuestMemory;
   readonly isPolled: boolean;
+  /** What is written for it may have to be logged (LOG_SHMFD). */
+  readonly isLogged: boolean;
   availableIndex: number;
   call(): void;
   fail(reason: string): void;

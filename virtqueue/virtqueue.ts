@@ -115,7 +115,12 @@ function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
   configWords.setUint32(field.base, queue.availableIndex, true);
   configWords.setUint32(field.headerBytes, options.headerBytes ?? 0, true);
   configWords.setUint32(field.trailerBytes, options.trailerBytes ?? 0, true);
-  configWords.setUint32(field.flags, 0, true);
+  configWords.setUint32(
+    field.flags,
+    queue.isLogged ? constants.flagRingLogged : 0,
+    true,
+  );
+  configWords.setUint32(field.queueIndex, queue.index, true);
   const result = core.ringCreate(queue.memory.handle, configWords, reasonOut);
   const action = `Cannot process queue ${queue.index}`;
   const refused = refusedFields[reasonOut[0]];

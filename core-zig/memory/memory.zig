@@ -22,6 +22,7 @@ const stage = @import("stage.zig");
 const tables = @import("table.zig");
 const views = @import("views.zig");
 const copying = @import("copy.zig");
+const DirtyLog = @import("dirty_log.zig").DirtyLog;
 const Handles = @import("../handles.zig").Handles;
 
 const Atomic = std.atomic.Value;
@@ -40,6 +41,7 @@ pub const Memory = struct {
     readers: Atomic(u32),
     /// Something waits until no reader is inside.
     is_pending: Atomic(bool),
+    dirty_log: DirtyLog,
 
     // Under the lock.
     lock: sync.Mutex,
@@ -189,6 +191,7 @@ fn takeSpare() ?*Memory {
     const self: *Memory = @ptrFromInt(raw);
     self.lock = .{};
     self.readers = .init(0);
+    self.dirty_log.init();
     return self;
 }
 
@@ -408,6 +411,8 @@ pub fn copy(handle: u32, copies: ?[*]const layout.Copy, count: u32, buffer: ?[*]
 /// handle is dead; I/O in flight and readers finish first.
 pub fn destroy(handle: u32) callconv(.c) i32 {
     const self = get(handle) orelse return sys.fail(.BADF);
+    // Not under the lock: those who mark may need it before they are through.
+    self.dirty_log.drop();
     self.lock.lock();
     defer self.lock.unlock();
     const table = self.table.load(.acquire);
@@ -473,6 +478,7 @@ pub fn unmap(address: u64, size: f64) callconv(.c) i32 {
 
 test {
     _ = copying;
+    _ = @import("dirty_log.zig");
     _ = mapping;
     _ = postcopy;
     _ = @import("userfault.zig");

@@ -27,6 +27,8 @@ const View = struct {
     pointer: ?[*]u8 = null,
     length: u32 = 0,
     mapping: ?*Mapping = null,
+    /// Of its first byte.
+    gpa: u64 = 0,
 };
 
 /// A stretch of guest memory within one view.
@@ -79,6 +81,7 @@ pub const Table = struct {
                     .pointer = mapping.pointer() + @as(usize, offset),
                     .length = @intCast(@min(layout.view_size, region.size - offset)),
                     .mapping = mapping,
+                    .gpa = region.gpa + offset,
                 };
             }
         }
@@ -165,6 +168,13 @@ pub const Table = struct {
         if (offset > entry.length or length > entry.length - offset) return null;
         const start = entry.pointer orelse return null;
         return start + offset;
+    }
+
+    /// The guest physical address of a byte; null for a view not in use.
+    pub inline fn gpaOf(self: *const Table, view: u32, offset: u32) ?u64 {
+        if (view >= self.views.len) return null;
+        const entry = &self.views[view];
+        return if (offset < entry.length) entry.gpa + offset else null;
     }
 
     pub fn translate(self: *const Table, space: u32, address: u64, length: u64) ?layout.Translation {

@@ -191,6 +191,11 @@ pub const Batch = struct {
         }
     }
 
+    /// The record of the request finished last.
+    pub inline fn finished(self: *const Batch) *align(4) const layout.Request {
+        return @ptrCast(self.words + @as(usize, self.record_count - 1) * self.stride);
+    }
+
     inline fn header(self: *Batch) [*]u8 {
         return @ptrCast(self.words + @as(usize, self.record_count) * self.stride + request_words);
     }

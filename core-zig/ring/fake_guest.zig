@@ -35,6 +35,8 @@ pub const Options = struct {
     segments: u32 = 128,
     /// Of the two regions; the ring's areas are given by uva.
     gpas: [2]u64 = .{ low, high },
+    /// `flag_ring_logged`.
+    flags: u32 = 0,
 };
 
 /// The driver: it writes guest memory through mappings of its own.
@@ -101,7 +103,8 @@ pub const Guest = struct {
             .base = self.options.base,
             .header_bytes = self.options.header_bytes,
             .trailer_bytes = self.options.trailer_bytes,
-            .flags = 0,
+            .flags = self.options.flags,
+            .queue_index = 3,
         };
     }
 

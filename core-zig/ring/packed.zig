@@ -19,6 +19,7 @@ const sync = @import("../sync.zig");
 const chain = @import("chain.zig");
 const isWanted = @import("split.zig").isWanted;
 const Ring = @import("ring.zig").Ring;
+const Written = @import("written.zig").Written;
 
 /// Further flags of a descriptor, and where each field is in its second word.
 pub const flag_available: u16 = 1 << 7;
@@ -217,6 +218,24 @@ pub const Packed = struct {
         // between writing that and looking at the flags again.
         @atomicStore(u64, &self.descriptors[self.first_slot][1], self.first_word, .seq_cst);
         return true;
+    }
+
+    /// Marks the used descriptors written since `old`, and those between.
+    pub fn markUsed(self: *const Packed, ring: *const Ring, log: *Written, old: u16) void {
+        if (log.ringAddress() == null) return;
+        const first: Position = @bitCast(old);
+        const size = chain.descriptor_size;
+        const start = log.descriptor_gpa + size * @as(u64, first.slot);
+        if (first.wrap == self.used.wrap) {
+            return log.writer.mark(start, size * @as(u64, self.used.slot - first.slot));
+        }
+        log.writer.mark(start, size * @as(u64, ring.size - first.slot));
+        log.writer.mark(log.descriptor_gpa, size * @as(u64, self.used.slot));
+    }
+
+    /// Marks what `arm` and `disarm` write.
+    pub fn markEvent(_: *const Packed, _: *const Ring, log: *const Written) void {
+        log.markRing(0, @sizeOf(u32));
     }
 
     pub inline fn wantsCall(self: *Packed, ring: *const Ring, old: u16) bool {

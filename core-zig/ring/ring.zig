@@ -13,6 +13,8 @@ const memory = @import("../memory/memory.zig");
 const chain = @import("chain.zig");
 const split = @import("split.zig");
 const packed_ring = @import("packed.zig");
+const dirty_log = @import("../memory/dirty_log.zig");
+const Written = @import("written.zig").Written;
 const Handles = @import("../handles.zig").Handles;
 
 pub const size_maximum: u32 = 32768;
@@ -32,7 +34,8 @@ pub const HeadState = enum(u8) { free, in_flight, completed };
 pub const areas = 3;
 
 /// What is common to both formats. Each has `take` (pop), `publish` and
-/// `announce` (push), `arm`, `disarm`, `position`, `rewind` and `usedPosition`.
+/// `announce` (push), `arm`, `disarm`, `position`, `rewind` and `usedPosition`;
+/// `markUsed` and `markEvent` say in the dirty log what those have written.
 pub const Ring = struct {
     format: union(enum) { split: split.Split, packed_ring: packed_ring.Packed },
     /// Stays valid while we hold views of it, also after its handle is dead.
@@ -41,6 +44,8 @@ pub const Ring = struct {
     /// Where the areas are: held until `destroy`.
     views: [areas]u32,
     cache: memory.Cache = .{},
+    /// Where the front-end may ask for a dirty log.
+    log: ?*Written = null,
 
     header_bytes: u32,
     trailer_bytes: u32,
@@ -95,6 +100,7 @@ pub const Ring = struct {
     /// The request in the batch is complete: it is the device's now.
     pub inline fn own(self: *Ring, batch: *const chain.Batch, head: u32) void {
         self.heads[head] = .in_flight;
+        if (self.log) |log| log.remember(batch, head);
         self.popped += 1;
         if (!self.is_in_order) return;
         self.writable[head] = @intCast(batch.writable);
@@ -116,6 +122,7 @@ pub const Ring = struct {
                 const head = self.order[self.oldest];
                 if (self.heads[head] != .completed) break;
                 self.heads[head] = .free;
+                if (self.log) |log| log.settle(head);
                 self.oldest = if (self.oldest + 1 == self.size) 0 else self.oldest + 1;
                 self.ordered -= 1;
                 last = head;
@@ -142,7 +149,8 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         return linux.fail(.INVAL);
     }
     if (config.header_bytes > header_maximum or config.trailer_bytes > trailer_maximum or
-        config.space > layout.space_uva or config.flags != 0 or
+        config.space > layout.space_uva or config.flags & ~layout.flag_ring_logged != 0 or
+        config.queue_index >= dirty_log.queue_maximum or
         (is_packed and !packed_ring.isBase(config.base, size)))
     {
         reason_out.* = layout.refuse_ring_config;
@@ -157,6 +165,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
     const alignments = if (is_packed) packed_ring.alignments else split.alignments;
     var pointers: [areas][*]u8 = undefined;
     var views: [areas]u32 = undefined;
+    var descriptor_gpa: u64 = 0;
     var cache: memory.Cache = .{};
     for (addresses, lengths, alignments, 0..) |address, length, alignment, i| {
         reason_out.* = layout.refuse_ring_descriptor_area + @as(u32, @intCast(i));
@@ -166,6 +175,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         if (@intFromPtr(pointers[i]) % alignment != 0) return linux.fail(.INVAL);
         const piece = table.piece(&cache, config.space, address, length) orelse return linux.fail(.FAULT);
         views[i] = piece.view;
+        if (i == 0) descriptor_gpa = table.gpaOf(piece.view, piece.offset) orelse return linux.fail(.FAULT);
     }
     reason_out.* = layout.refuse_none;
 
@@ -189,6 +199,12 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         for (views[0..i]) |held| object.unhold(held);
         sync.allocator.destroy(ring);
         return linux.fail(.FAULT);
+    }
+    if (config.flags & layout.flag_ring_logged != 0) {
+        ring.log = Written.create(&object.dirty_log, config.queue_index, descriptor_gpa, size) orelse {
+            release(ring);
+            return linux.fail(.NOMEM);
+        };
     }
     if (allocate(ring)) {
         if (rings.insert(ring)) |handle| return @intCast(handle);
@@ -221,6 +237,7 @@ fn release(ring: *Ring) void {
     sync.allocator.free(ring.order);
     sync.allocator.free(ring.writable);
     sync.allocator.free(ring.written);
+    if (ring.log) |log| log.destroy();
     switch (ring.format) {
         .split => {},
         .packed_ring => |*format| format.release(),
@@ -295,14 +312,18 @@ pub fn push(handle: u32, completions: [*]const layout.Completion, count: u32) ca
 
 inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Completion) i32 {
     const old = format.usedPosition();
+    if (ring.log) |log| log.begin(ring.memory);
+    defer if (ring.log) |log| log.end(ring.memory);
     if (ring.is_in_order) {
         ring.publishOrdered(format);
     } else {
         for (completions) |completion| {
+            if (ring.log) |log| log.settle(completion.head);
             format.publish(ring, completion.head, completion.written, format.stepsOf(completion.head));
         }
     }
     if (!format.announce(old)) return 0;
+    if (ring.log) |log| format.markUsed(ring, log, old);
     if (ring.is_called) return @intFromBool(format.wantsCall(ring, old));
     ring.is_called = true;
     return 1;
@@ -314,7 +335,11 @@ pub fn arm(handle: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
     return switch (ring.format) {
-        inline else => |*format| @intFromBool(format.arm(ring)),
+        inline else => |*format| {
+            const has_more = format.arm(ring);
+            if (ring.log) |log| format.markEvent(ring, log);
+            return @intFromBool(has_more);
+        },
     };
 }
 
@@ -323,7 +348,10 @@ pub fn disarm(handle: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
     switch (ring.format) {
-        inline else => |*format| format.disarm(ring),
+        inline else => |*format| {
+            format.disarm(ring);
+            if (ring.log) |log| format.markEvent(ring, log);
+        },
     }
     return 0;
 }
@@ -354,6 +382,7 @@ pub fn destroy(handle: u32) callconv(.c) i32 {
 
 test {
     _ = chain;
+    _ = @import("written_test.zig");
     _ = split;
     _ = packed_ring;
     _ = @import("split_test.zig");

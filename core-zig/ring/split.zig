@@ -14,6 +14,7 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const chain = @import("chain.zig");
 const Ring = @import("ring.zig").Ring;
+const Written = @import("written.zig").Written;
 
 /// `avail.flags` and `used.flags`, both meaningless with EVENT_IDX.
 pub const flag_no_interrupt: u16 = 1;
@@ -175,6 +176,26 @@ pub const Split = struct {
         // writing used_event (or flags) and looking at used.idx again.
         @atomicStore(u16, &self.used.index, self.used_index, .seq_cst);
         return true;
+    }
+
+    /// Marks used elements and used.idx, written since `old`.
+    pub fn markUsed(self: *const Split, ring: *const Ring, log: *Written, old: u16) void {
+        const address = log.ringAddress() orelse return;
+        const mask = ring.size - 1;
+        const first = old & mask;
+        const count: u32 = self.used_index -% old;
+        const straight = @min(count, ring.size - first);
+        const elements = address +| @sizeOf(Used);
+        log.writer.mark(elements +| @sizeOf(UsedElement) * @as(u64, first), @sizeOf(UsedElement) * straight);
+        // Round the end of the ring.
+        log.writer.mark(elements, @sizeOf(UsedElement) * (count - straight));
+        log.writer.mark(address +| @offsetOf(Used, "index"), @sizeOf(u16));
+    }
+
+    /// Marks what `arm` and `disarm` write.
+    pub fn markEvent(_: *const Split, ring: *const Ring, log: *const Written) void {
+        const event = Used.byteCount(ring.size) - @sizeOf(u16);
+        log.markRing(if (ring.has_event_idx) event else @offsetOf(Used, "flags"), @sizeOf(u16));
     }
 
     pub inline fn wantsCall(self: *Split, ring: *const Ring, old: u16) bool {

@@ -7,6 +7,7 @@
 import { Vhost2Error } from "../../ffi/errors.ts";
 import type { Device } from "../../session/device.ts";
 import type { TargetOps } from "../../session/target_ops.ts";
+import { virtqueueProtocolFeatures } from "../../virtqueue/mod.ts";
 import type { Backing } from "./backings/backing.ts";
 import { type DiskObject, objectBacking } from "./backings/object.ts";
 import {
@@ -78,6 +79,8 @@ export interface BlkOptions {
 export interface Blk {
   /** Virtio features that it offers. */
   readonly features: bigint;
+  /** Protocol features beside the library's: LOG_SHMFD, for migration. */
+  readonly protocolFeatures: bigint;
   readonly queueCount: number;
   /** Makes the device of a front-end. */
   readonly device: (device: Device) => TargetOps;
@@ -239,6 +242,7 @@ export function blkDevice(options: BlkOptions): Blk {
     closed ??= (async () => await backing.close())();
   return {
     features: blkFeatures(geometry),
+    protocolFeatures: virtqueueProtocolFeatures,
     queueCount: geometry.numQueues,
     device(device) {
       connected.add(device);

@@ -17,6 +17,7 @@ const logAllMask = featureMask(VirtioFeature.LOG_ALL);
 const queueMask = featureMask(
   ProtocolFeature.GPA_ADDRESSES,
   ProtocolFeature.INBAND_NOTIFICATIONS,
+  ProtocolFeature.LOG_SHMFD,
 );
 const packedMask = featureMask(VirtioFeature.RING_PACKED);
 const inBandNeeds = featureMask(
@@ -59,6 +60,7 @@ export async function setFeatures(
     for (const vring of session.vrings) vring.reset();
   }
   session.ackedFeatures = features;
+  session.memory.log.setLogging(hasFeature(features, VirtioFeature.LOG_ALL));
   if (!hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
     // Such a front-end has no SET_VRING_ENABLE.
     for (const vring of session.vrings) vring.isEnabled = true;

@@ -24,6 +24,7 @@ export function setBackendChannel(
 export async function resetDevice(session: Session): Promise<void> {
   await session.stopQueues(() => true);
   for (const vring of session.vrings) vring.reset();
+  session.memory.log.drop();
   session.sharedMemory.forget();
   session.status = 0;
 }

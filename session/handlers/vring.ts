@@ -67,6 +67,10 @@ export async function setAddress(
   // Migration resends the address of a running ring with the log flag set.
   if (!isLogChange) await session.stop(vring);
   vring.addresses = address;
+  session.memory.log.setRing(
+    vring.index,
+    (address.flags & VRING_FLAG_LOG) !== 0 ? address.log : null,
+  );
   vring.forgetFailure();
 }
 
