@@ -314,7 +314,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /**
    * Has the device log what it writes, as at the begin of a migration; queues
-   * go on. A new log takes the place of the one before, which is closed.
+   * go on. A new log takes the place, and the bits, of the one before, which is
+   * closed.
    * Needs LOG_SHMFD.
    */
   async startLog(options: LogOptions = {}): Promise<DirtyLog> {
@@ -330,6 +331,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       log.close();
       throw error;
     }
+    if (this.#log !== undefined) log.takeFrom(this.#log);
     this.#log?.close();
     this.#log = log;
     await this.#setLogging(options.buffers ?? true, options.rings ?? true);

@@ -80,6 +80,15 @@ export class DirtyLog {
     return pages;
   }
 
+  /** Takes the bits of another log over: those are cleared. */
+  takeFrom(other: DirtyLog): void {
+    const { length } = this.bytes;
+    for (let at = 0; at < other.bytes.length && at < length; at++) {
+      if (other.bytes[at] === 0) continue;
+      Atomics.or(this.bytes, at, Atomics.exchange(other.bytes, at, 0));
+    }
+  }
+
   /** Closes the memfd, empties `bytes` and unmaps. */
   close(): void {
     if (!this.#isOpen) return;

@@ -3,6 +3,7 @@
 const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
+const sync = @import("../sync.zig");
 const dirty_log = @import("../memory/dirty_log.zig");
 const SharedLog = @import("../memory/dirty_log_test.zig").SharedLog;
 const rings = @import("ring.zig");
@@ -250,6 +251,48 @@ test "packed: used descriptors are marked where they are, event suppression at l
     try expectPages(log, &.{elsewhere});
     _ = rings.arm(guest.ring);
     try expectPages(log, &.{elsewhere});
+}
+
+/// The driver's processor: looks at the log as soon as a request is used.
+const Watcher = struct {
+    guest: *Guest,
+    log: SharedLog,
+    rounds: u16,
+    seen: std.atomic.Value(u32) = .init(0),
+    missed: u32 = 0,
+
+    fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
+        const self: *Watcher = @ptrCast(@alignCast(argument.?));
+        const index: *u16 = @ptrCast(@alignCast(self.guest.at(Guest.used + 2).ptr));
+        for (0..self.rounds) |round| {
+            while (@atomicLoad(u16, index, .acquire) == round) std.atomic.spinLoopHint();
+            self.missed += @intFromBool(!self.log.isSet(b));
+            _ = self.log.take();
+            self.seen.store(@intCast(round + 1), .release);
+        }
+        return null;
+    }
+};
+
+test "a buffer is marked before its request is used" {
+    const guest = try Guest.start(.{ .flags = layout.flag_ring_logged });
+    defer guest.stop();
+    // Small, so that it is taken fast.
+    const log: SharedLog = .init(64);
+    defer log.deinit();
+    try setLog(guest, log);
+    setLogging(guest, true);
+    _ = fake_guest.link(guest, 0, b, &.{.{ 1, write }});
+    var watcher: Watcher = .{ .guest = guest, .log = log, .rounds = 300 };
+    const thread = sync.Thread.spawn(Watcher.run, &watcher).?;
+    for (0..watcher.rounds) |round| {
+        guest.offer(0);
+        try expectEqual(1, guest.pop());
+        _ = guest.push(&.{0});
+        while (watcher.seen.load(.acquire) != round + 1) std.atomic.spinLoopHint();
+    }
+    thread.join();
+    try expectEqual(0, watcher.missed);
 }
 
 test "with IN_ORDER a request is marked when its turn has come" {

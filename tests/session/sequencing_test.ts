@@ -4,7 +4,6 @@ import assert from "node:assert/strict";
 import { core } from "../../ffi/core.ts";
 import {
   ProtocolFeature,
-  supportedFeatures,
   supportedProtocolFeatures,
   type VhostUserDevice,
   VirtioFeature,
@@ -311,9 +310,9 @@ test("rule 7: SET_FEATURES that repeats, or toggles only LOG_ALL, acts on the ru
 });
 
 test("Queue.features excludes LOG_ALL, device.features has it", async () => {
-  const features = virtqueueFeatures | logAll;
-  const guest = { features: supportedFeatures | logAll };
-  await withGuest({ features, guest }, async (guest, { recording }) => {
+  const protocolFeatures = featureMask(ProtocolFeature.LOG_SHMFD);
+  await withGuest({ protocolFeatures }, async (guest, { recording }) => {
+    await guest.startLog();
     await guest.start();
     assert.equal(recording.devices[0].features & logAll, logAll);
     assert.equal(recording.queues.get(0)!.features & logAll, 0n);
