@@ -1,130 +1,128 @@
 // Random valid traffic over both ring formats against a model: what a request
-// must come back with is known when it is sent.
+// must come back with is known when it is sent, and for each wish of the driver
+// whether it must be called. Queues are stopped, disabled, started, polled and
+// kicked in any order meanwhile.
 import assert from "node:assert/strict";
-import {
-  type QueueDriver,
-  supportedFeatures,
-  VhostUserDevice,
-} from "../../frontend/mod.ts";
-import { type Request, virtqueueFeatures } from "../../mod.ts";
+import { supportedFeatures, VhostUserDevice } from "../../frontend/mod.ts";
+import { virtqueueFeatures } from "../../mod.ts";
+import { Random } from "../hostile/random.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
+import { CallModel } from "./call_model.ts";
 import { type Guest, serving } from "./served.ts";
+import { answering, send, turns } from "./traffic.ts";
 
 const indirectBit = 1n << 28n;
 const eventIdxBit = 1n << 29n;
 const inOrderBit = 1n << 35n;
-const rounds = 40;
+const steps = 45;
 
-/** Mulberry32: a whole number from 0 to `below` - 1. */
-function randomOf(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (state + 0x6d2b79f5) | 0;
-    let t = Math.imul(state ^ (state >>> 15), 1 | state);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return Math.floor(((t ^ (t >>> 14)) >>> 0) / 2 ** 32 * below);
-  };
-}
+/** One queue of a guest, and what it has sent. */
+class Traffic {
+  readonly index: number;
+  readonly #guest: Guest;
+  readonly #random: Random;
+  /** Without it the driver is called whenever something is used. */
+  readonly #calls: CallModel | undefined;
+  readonly #requests: Promise<void>[] = [];
+  #isEnabled = true;
 
-/** What the device answers to `input`, if it has room for `room` bytes. */
-function answerTo(input: Uint8Array, room: number): Uint8Array<ArrayBuffer> {
-  const sum = input.reduce(
-    (total, byte) => (total + byte) & 0xff,
-    input.length,
-  );
-  const length = input.length % (room + 1);
-  return Uint8Array.from({ length }, (_, i) => (sum + 7 * i) & 0xff);
-}
-
-/** Answers at once or some turns of the event loop later, in any order. */
-function device(random: (below: number) => number) {
-  return (request: Request): number | Promise<number> => {
-    const answer = answerTo(request.read(), request.writableBytes);
-    if (random(3) === 0) return request.write(answer);
-    return new Promise((resolve) => {
-      let turns = random(4);
-      const later = () => {
-        if (turns-- > 0) setImmediate(later);
-        else resolve(request.write(answer));
-      };
-      later();
-    });
-  };
-}
-
-/** One request, checked against the model. */
-async function send(
-  driver: QueueDriver,
-  random: (below: number) => number,
-  canIndirect: boolean,
-): Promise<void> {
-  const limit = Math.min(driver.queueSize, 6);
-  const indirect = canIndirect && random(2) === 0;
-  const parts = 1 + random(indirect ? 8 : limit);
-  const readableParts = random(parts + 1);
-  const readable = Array.from(
-    { length: readableParts },
-    () => Uint8Array.from({ length: 1 + random(90) }, () => random(256)),
-  );
-  const writable = Array.from(
-    { length: parts - readableParts },
-    () => 1 + random(90),
-  );
-  const input = new Uint8Array(readable.flatMap((bytes) => [...bytes]));
-  const room = writable.reduce((sum, length) => sum + length, 0);
-  const expected = answerTo(input, room);
-  const { written, data } = await driver.submit({
-    readable,
-    writable,
-    indirect,
-    initial: 0xee,
-    kick: random(3) > 0,
-  });
-  assert.equal(written, expected.length);
-  const all = data.flatMap((bytes) => [...bytes]);
-  assert.deepEqual(all.slice(0, written), [...expected]);
-  assert.ok(all.slice(written).every((byte) => byte === 0xee));
-}
-
-async function run(
-  guest: Guest,
-  random: (below: number) => number,
-  usesCalls: boolean,
-): Promise<void> {
-  const [driver] = guest.queues;
-  const canIndirect = (guest.features & indirectBit) !== 0n;
-  let sent = 0;
-  let polling = true;
-  const poll = () => {
-    driver.poll();
-    if (polling) setImmediate(poll);
-  };
-  if (!usesCalls) poll();
-  for (let round = 0; round < rounds; round++) {
-    const count = random(3 * driver.queueSize) + 1;
-    const requests = Array.from(
-      { length: count },
-      () => send(driver, random, canIndirect),
-    );
-    sent += count;
-    // Whatever was not kicked for, is now.
-    driver.notify();
-    if (random(3) === 0 && driver.inFlight === count) {
-      // All were available when it stops: the device has them, or meets them
-      // after the start.
-      const base = await guest.stopQueue(0);
-      await guest.startQueue(0, { base });
-    }
-    await within(Promise.all(requests), `round ${round}`);
+  constructor(guest: Guest, index: number, random: Random, usesCalls: boolean) {
+    this.index = index;
+    this.#guest = guest;
+    this.#random = random;
+    if (!usesCalls) this.#calls = new CallModel(this.#driver, random);
   }
-  polling = false;
-  assert.equal(driver.usedCount, sent);
-  assert.equal(driver.inFlight, 0);
-  assert.equal(driver.freeDescriptors, driver.queueSize);
-  assert.deepEqual(driver.strays, []);
-  // Asked not to, the device calls less often than it completes.
-  if (!usesCalls) assert.ok(driver.calls < sent / 2, `${driver.calls} calls`);
+
+  get #driver() {
+    return this.#guest.queues[this.index];
+  }
+
+  look(): void {
+    this.#calls?.look();
+  }
+
+  async step(): Promise<void> {
+    const guest = this.#guest;
+    const random = this.#random;
+    switch (random.below(8)) {
+      case 0:
+        this.#driver.notify();
+        break;
+      case 1:
+        // With requests in flight, in the ring, and waiting for room.
+        if (guest.isStarted(this.index)) await guest.stopQueue(this.index);
+        else await this.start();
+        break;
+      case 2:
+        if (!guest.isStarted(this.index)) break;
+        this.#calls?.restarted();
+        await guest.enableQueue(this.index, this.#isEnabled = random.once(2));
+        break;
+      case 3:
+        await turns(random.below(6));
+        break;
+      default:
+        this.#submit(1 + random.below(3 * this.#driver.queueSize));
+    }
+  }
+
+  async start(polled: boolean = this.#random.once(3)): Promise<void> {
+    this.#calls?.restarted();
+    await this.#guest.startQueue(this.index, { polled });
+    this.#isEnabled = true;
+  }
+
+  #submit(count: number): void {
+    const canIndirect = (this.#guest.features & indirectBit) !== 0n;
+    for (let i = 0; i < Math.min(count, 64); i++) {
+      this.#requests.push(send(this.#driver, this.#random, canIndirect));
+    }
+  }
+
+  /** Everything comes back. */
+  async end(): Promise<void> {
+    if (!this.#guest.isStarted(this.index)) await this.start();
+    this.#calls?.restarted();
+    if (!this.#isEnabled) await this.#guest.enableQueue(this.index, true);
+    const driver = this.#driver;
+    driver.notify();
+    await within(
+      Promise.all(this.#requests),
+      `${driver.inFlight} requests in flight`,
+    );
+    assert.equal(driver.usedCount, this.#requests.length);
+    assert.equal(driver.inFlight, 0);
+    assert.equal(driver.freeDescriptors, driver.queueSize);
+    assert.deepEqual(driver.strays, []);
+  }
+}
+
+async function run(guest: Guest, random: Random, usesCalls: boolean) {
+  const queues = guest.queues.map((_, index) =>
+    new Traffic(guest, index, random, usesCalls)
+  );
+  let failure: unknown;
+  let isLooking = true;
+  const looking = (async () => {
+    while (isLooking) {
+      for (const queue of queues) queue.look();
+      await turns(1);
+    }
+  })().catch((error) => failure = error);
+  try {
+    for (let i = 0; i < steps && failure === undefined; i++) {
+      await random.pick(queues).step();
+    }
+    await Promise.race([
+      looking,
+      Promise.all(queues.map((queue) => queue.end())),
+    ]);
+  } finally {
+    isLooking = false;
+    await looking;
+  }
+  if (failure !== undefined) throw failure;
 }
 
 const shapes = [
@@ -137,23 +135,28 @@ for (const { name, packed, sizes } of shapes) {
       ["plain", 0n],
       ["with EVENT_IDX", eventIdxBit],
       ["with EVENT_IDX and INDIRECT", eventIdxBit | indirectBit],
-      ["with IN_ORDER", eventIdxBit | indirectBit | inOrderBit],
+      ["with IN_ORDER", indirectBit | inOrderBit],
+      ["with IN_ORDER and EVENT_IDX", eventIdxBit | inOrderBit],
     ] as const
   ) {
-    test(`${name} rings ${what} bring each request back once, over stops and wraps`, async () => {
-      const random = randomOf(Number(features >> 28n) + 1);
+    const seed = Number(features >> 28n) + 1;
+    test(`${name} rings ${what} bring each request back once, and call as wished, over stops and wraps, seed ${seed}`, async () => {
+      const random = new Random(seed);
       await serving({
         features: virtqueueFeatures | inOrderBit,
-        handler: device(random),
+        handler: answering(random),
+        queueCount: 2,
       }, async ({ path }) => {
         for (const queueSize of sizes) {
           for (const usesCalls of [true, false]) {
             await using guest: Guest = await VhostUserDevice.open({
               path,
-              features: (supportedFeatures & ~(indirectBit | eventIdxBit)) |
+              features: (supportedFeatures &
+                ~(indirectBit | eventIdxBit | inOrderBit)) |
                 features,
+              queueCount: 2,
               queueSize,
-              ramSize: 4 << 20,
+              ramSize: 8 << 20,
               usesCalls,
               packed,
             });
