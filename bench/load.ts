@@ -8,7 +8,7 @@
 import { constants, layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { check } from "../ffi/errors.ts";
-import { VhostUserDevice } from "../frontend/mod.ts";
+import { type QueueDriver, VhostUserDevice } from "../frontend/mod.ts";
 import { featureMask, VirtioFeature } from "../protocol/features.ts";
 
 /** What to do, and how much of it. */
@@ -38,26 +38,39 @@ export interface LoadFigures {
   readonly p99: number;
 }
 
+/** How the ring is. */
+export interface LoadOptions {
+  /** Tables for requests; true unless given. */
+  readonly indirect?: boolean;
+  /** 256 unless given. */
+  readonly queueSize?: number;
+  /** A packed ring; a split one unless given. */
+  readonly packed?: boolean;
+}
+
 /** VIRTIO_BLK_F_FLUSH. */
 const blkFlush = 9;
 const dataBytes = 32 << 20;
 
 /** A connection to a vhost-user-blk back-end for running loads on. */
 export class LoadGenerator {
-  readonly #device: VhostUserDevice;
+  readonly #device: VhostUserDevice<QueueDriver>;
   readonly #sectors: bigint;
   readonly #data: bigint;
 
-  private constructor(device: VhostUserDevice, sectors: bigint) {
+  /** Where a packed ring goes on. */
+  #position = 0x8000;
+
+  private constructor(device: VhostUserDevice<QueueDriver>, sectors: bigint) {
     this.#device = device;
     this.#sectors = sectors;
     this.#data = device.ram.allocate(dataBytes, 4096);
   }
 
-  /** Connects; the queue is as QEMU's: 128 descriptors unless given. */
+  /** Connects; the rings are split, indirect and of 256 unless told. */
   static async open(
     path: string,
-    options: { indirect?: boolean; queueSize?: number } = {},
+    options: LoadOptions = {},
   ): Promise<LoadGenerator> {
     const features = featureMask(
       VirtioFeature.VERSION_1,
@@ -73,6 +86,7 @@ export class LoadGenerator {
       queueSize: options.queueSize ?? 256,
       ramSize: 64 << 20,
       usesCalls: false,
+      packed: options.packed ?? false,
     });
     const config = await device.getConfig(0, 8);
     return new LoadGenerator(
@@ -122,12 +136,12 @@ export class LoadGenerator {
     );
     config.setInt32(field.kickFd, queue.kickFd, true);
     config.setInt32(field.callFd, queue.callFd, true);
-    check(
-      core.loadRun(config, out),
-      `Cannot run a load of depth ${load.depth}`,
-    );
-    const value = (offset: number) => Number(out[offset / 8]);
+    set32(field.position, this.#position);
     const result = layouts.LoadResult;
+    const value = (offset: number) => Number(out[offset / 8]);
+    const code = core.loadRun(config, out);
+    this.#position = value(result.position);
+    check(code, `Cannot run a load of depth ${load.depth}`);
     const requests = value(result.requests);
     return {
       requests,

@@ -23,6 +23,7 @@ import {
   startOurs,
   startStorageDaemon,
 } from "./peers.ts";
+import { formatRates } from "./formats.ts";
 import { guestRates } from "./guest.ts";
 
 const GiB = 2 ** 30;
@@ -151,22 +152,23 @@ async function verify(file: string): Promise<void> {
     { kind: "file", path: file },
   ];
   for (const disk of disks) {
-    const peer = await startOurs(disk, 1);
-    const generator = await LoadGenerator.open(peer.socketPath);
-    const { requests, errors } = generator.run({
-      operation: "write",
-      depth: 64,
-      requestBytes: 4096,
-      requestCount: 10_000,
-      isRandom: true,
-      verifies: true,
-    });
-    await generator.close();
-    await peer.stop();
-    if (errors > 0) {
-      throw new Error(`${disk.kind} disk: ${errors} wrong blocks`);
+    for (const packed of [false, true]) {
+      const peer = await startOurs(disk, 1);
+      const generator = await LoadGenerator.open(peer.socketPath, { packed });
+      const { requests, errors } = generator.run({
+        operation: "write",
+        depth: 64,
+        requestBytes: 4096,
+        requestCount: 10_000,
+        isRandom: true,
+        verifies: true,
+      });
+      await generator.close();
+      await peer.stop();
+      const what = `${disk.kind} disk, ${packed ? "packed" : "split"}`;
+      if (errors > 0) throw new Error(`${what}: ${errors} wrong blocks`);
+      console.log(`${what}: ${requests} requests, data verified`);
     }
-    console.log(`${disk.kind} disk: ${requests} requests, data verified`);
   }
 }
 
@@ -233,6 +235,18 @@ try {
   for (const row of rows(file)) {
     if (row.name.includes(filter)) await measure(row);
   }
+  if ("packed beside split".includes(filter)) {
+    print("", "packed", "split", "ratio");
+    for (const row of await formatRates(rounds, runMs)) {
+      const { name, packed, split, ratio } = row;
+      print(
+        name,
+        show(packed, false),
+        show(split, false),
+        `${ratio.toFixed(2)}x`,
+      );
+    }
+  }
   if ("guest".includes(filter)) {
     for (const { name, ours, theirs } of await guestRates(rounds)) {
       print(
@@ -243,9 +257,11 @@ try {
       );
     }
   }
-  if (filter === "") {
+  if (filter === "" || filter === "verify") {
     console.log();
     await verify(file);
+  }
+  if (filter === "") {
     await heapGrowth();
     await idleDisks(100);
   }

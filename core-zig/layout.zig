@@ -321,7 +321,7 @@ pub const LoadConfig = extern struct {
     available_offset: u64,
     used_offset: u64,
     data_offset: u64,
-    /// Negotiated: EVENT_IDX and INDIRECT are used when they are there.
+    /// Negotiated: PACKED, EVENT_IDX and INDIRECT are used when they are there.
     features: u64,
     disk_sectors: u64,
     /// The run ends after so many requests (0: no such end).
@@ -343,7 +343,14 @@ pub const LoadConfig = extern struct {
     kick_fd: i32,
     /// May be -1 with flag_load_spin.
     call_fd: i32,
+    /// Packed: position and wrap counter of a ring on which nothing is
+    /// outstanding, 0x8000 at first; later what the run before returned.
+    position: u32,
+    reserved: u32,
 };
+
+/// `LoadResult.position` of a run that left requests on the ring.
+pub const load_position_lost: u32 = 0xffff_ffff;
 
 pub const LoadResult = extern struct {
     requests: u64,
@@ -357,9 +364,11 @@ pub const LoadResult = extern struct {
     p50_ns: u64,
     p99_ns: u64,
     mean_ns: u64,
+    /// Packed: where to go on.
+    position: u64,
 };
 
 comptime {
-    std.debug.assert(@sizeOf(LoadConfig) == 128);
-    std.debug.assert(@sizeOf(LoadResult) == 64);
+    std.debug.assert(@sizeOf(LoadConfig) == 136);
+    std.debug.assert(@sizeOf(LoadResult) == 72);
 }

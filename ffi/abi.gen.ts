@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1141821994;
+export const abiHash = 2050554397;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -539,7 +539,7 @@ export const layouts = {
     truncated: 4,
   },
   LoadConfig: {
-    byteSize: 128,
+    byteSize: 136,
     memoryAddress: 0,
     memorySize: 8,
     memoryGpa: 16,
@@ -561,9 +561,11 @@ export const layouts = {
     flags: 116,
     kickFd: 120,
     callFd: 124,
+    position: 128,
+    reserved: 132,
   },
   LoadResult: {
-    byteSize: 64,
+    byteSize: 72,
     requests: 0,
     errors: 8,
     elapsedNs: 16,
@@ -572,6 +574,7 @@ export const layouts = {
     p50Ns: 40,
     p99Ns: 48,
     meanNs: 56,
+    position: 64,
   },
 } as const;
 
@@ -651,4 +654,5 @@ export const constants = {
   flagLoadRandom: 1,
   flagLoadSpin: 2,
   flagLoadVerify: 4,
+  loadPositionLost: 4294967295,
 } as const;

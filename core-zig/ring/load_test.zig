@@ -16,6 +16,8 @@ const memory_size = 4 << 20;
 const gpa = 0x4000_0000;
 const sectors = 1024;
 
+const feature_packed: u64 = 1 << 34;
+
 const Fault = enum { none, status, lost_write, lost_read, wrong_id, silent };
 
 const Disk = struct {
@@ -27,6 +29,8 @@ const Disk = struct {
     call: i32,
     fault: Fault,
     features: u64,
+    /// Where the next run goes on, in a packed ring.
+    position: u32 = 0x8000,
     stopping: std.atomic.Value(bool) = .init(false),
     thread: ?sync.Thread = null,
     content: [sectors * 512]u8 = @splat(0),
@@ -54,7 +58,7 @@ const Disk = struct {
             .features = features,
             .space = layout.space_gpa,
             .size = 64,
-            .base = 0,
+            .base = if (features & feature_packed != 0) 0x8000_8000 else 0,
             .header_bytes = 16,
             .trailer_bytes = 1,
             .flags = 0,
@@ -136,8 +140,12 @@ const Disk = struct {
         std.mem.reverse(layout.Completion, done[0..count]);
         if (self.fault == .wrong_id) {
             // The ring's own side refuses this, so write as a broken one would.
-            std.mem.writeInt(u32, self.bytes[0x2004..0x2008], 63, .little);
-            self.bytes[0x2002] = 1;
+            if (self.features & feature_packed != 0) {
+                std.mem.writeInt(u64, self.bytes[8..16], 0x8080_003f_0000_0000, .little);
+            } else {
+                std.mem.writeInt(u32, self.bytes[0x2004..0x2008], 63, .little);
+                self.bytes[0x2002] = 1;
+            }
             return;
         }
         if (rings.push(self.ring, &done, count) == 1) signal(self.call);
@@ -173,12 +181,21 @@ const Disk = struct {
             .flags = 0,
             .kick_fd = self.kick,
             .call_fd = self.call,
+            .position = 0,
+            .reserved = 0,
         };
+    }
+
+    fn drive(self: *Disk, config: *layout.LoadConfig, result: *layout.LoadResult) i32 {
+        config.position = self.position;
+        const code = load.run(config, result);
+        if (self.features & feature_packed != 0) self.position = @intCast(result.position);
+        return code;
     }
 };
 
 test "every way to drive a ring completes all requests and keeps the data" {
-    for ([_]u64{ 0, 1 << 28, 1 << 29, 3 << 28 }) |features| {
+    for ([_]u64{ 0, 1 << 28, 1 << 29, 3 << 28, feature_packed, feature_packed | 1 << 28, feature_packed | 1 << 29, feature_packed | 3 << 28 }) |features| {
         const disk = try Disk.start(features, .none);
         defer disk.stop();
         var result: layout.LoadResult = undefined;
@@ -187,14 +204,14 @@ test "every way to drive a ring completes all requests and keeps the data" {
                 var config = disk.loadConfig();
                 config.segment_count = segment_count;
                 config.flags = spin | layout.flag_load_verify;
-                try expectEqual(0, load.run(&config, &result));
+                try expectEqual(0, disk.drive(&config, &result));
                 try expectEqual(1000, result.requests);
                 try expectEqual(0, result.errors);
                 try expect(result.kicks > 0 and result.elapsed_ns > 0);
                 config.flags = spin | layout.flag_load_verify | layout.flag_load_random;
                 config.request_count = 0;
                 config.request_bytes = 512;
-                try expectEqual(0, load.run(&config, &result));
+                try expectEqual(0, disk.drive(&config, &result));
                 try expectEqual(2 * sectors, result.requests);
                 try expectEqual(0, result.errors);
             }
@@ -203,7 +220,7 @@ test "every way to drive a ring completes all requests and keeps the data" {
                 config.flags = spin | layout.flag_load_random;
                 config.operation = operation;
                 config.depth = 1;
-                try expectEqual(0, load.run(&config, &result));
+                try expectEqual(0, disk.drive(&config, &result));
                 try expectEqual(500, result.requests);
                 try expect(result.p50_ns > 0 and result.p50_ns <= result.p99_ns and result.mean_ns > 0);
             }
@@ -212,20 +229,22 @@ test "every way to drive a ring completes all requests and keeps the data" {
 }
 
 test "a run ends after its duration with nothing outstanding" {
-    const disk = try Disk.start(1 << 29, .none);
-    defer disk.stop();
-    var result: layout.LoadResult = undefined;
-    var config = disk.loadConfig();
-    config.request_count = 0;
-    config.duration_ms = 20;
-    try expectEqual(0, load.run(&config, &result));
-    try expect(result.elapsed_ns >= 20_000_000);
-    try expect(result.requests > 0);
-    try expectEqual(0, result.p50_ns);
-    var state: layout.RingState = undefined;
-    _ = rings.state(disk.ring, &state);
-    try expectEqual(0, state.in_flight);
-    try expectEqual(result.requests, state.pushed);
+    for ([_]u64{ 1 << 29, feature_packed | 1 << 29 }) |features| {
+        const disk = try Disk.start(features, .none);
+        defer disk.stop();
+        var result: layout.LoadResult = undefined;
+        var config = disk.loadConfig();
+        config.request_count = 0;
+        config.duration_ms = 20;
+        try expectEqual(0, disk.drive(&config, &result));
+        try expect(result.elapsed_ns >= 20_000_000);
+        try expect(result.requests > 0);
+        try expectEqual(0, result.p50_ns);
+        var state: layout.RingState = undefined;
+        _ = rings.state(disk.ring, &state);
+        try expectEqual(0, state.in_flight);
+        try expectEqual(result.requests, state.pushed);
+    }
 }
 
 test "a failed status and lost data are counted as errors" {
@@ -238,7 +257,7 @@ test "a failed status and lost data are counted as errors" {
         var config = disk.loadConfig();
         config.flags = layout.flag_load_verify;
         config.request_count = 0;
-        try expectEqual(0, load.run(&config, &result));
+        try expectEqual(0, disk.drive(&config, &result));
         try expectEqual(case.errors, result.errors);
     }
 }
@@ -246,17 +265,18 @@ test "a failed status and lost data are counted as errors" {
 test "a peer that hangs or completes what it does not have ends the run" {
     const Case = struct { fault: Fault, errno: linux.E };
     for ([_]u32{ 0, layout.flag_load_spin }) |spin| {
-        for ([_]Case{ .{ .fault = .silent, .errno = .TIMEDOUT }, .{ .fault = .wrong_id, .errno = .PROTO } }) |case| {
-            const disk = try Disk.start(0, case.fault);
+        const cases = [_]Case{ .{ .fault = .silent, .errno = .TIMEDOUT }, .{ .fault = .wrong_id, .errno = .PROTO } };
+        for (cases ++ cases, 0..) |case, i| {
+            const disk = try Disk.start(if (i < cases.len) 0 else feature_packed, case.fault);
             defer disk.stop();
             var result: layout.LoadResult = undefined;
             var config = disk.loadConfig();
             if (case.fault == .silent) config.timeout_ms = 30;
             config.flags = spin;
-            try expectEqual(linux.fail(case.errno), load.run(&config, &result));
+            try expectEqual(linux.fail(case.errno), disk.drive(&config, &result));
             // What is left on the ring belongs to the failed run.
             config.depth = 1;
-            if (case.fault == .silent) try expectEqual(linux.fail(.BUSY), load.run(&config, &result));
+            if (case.fault == .silent) try expectEqual(linux.fail(.BUSY), disk.drive(&config, &result));
         }
     }
 }
@@ -287,6 +307,6 @@ test "a configuration that cannot be is refused" {
     inline for (fields) |field| {
         var config = disk.loadConfig();
         @field(config, field[0]) = field[1];
-        try expectEqual(linux.fail(.INVAL), load.run(&config, &result));
+        try expectEqual(linux.fail(.INVAL), disk.drive(&config, &result));
     }
 }
