@@ -19,6 +19,8 @@ const ring = @import("ring/ring.zig");
 const file = @import("file/engine.zig");
 const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
+const net = @import("net/burst.zig");
+const tap = @import("net/tap.zig");
 
 pub const panic = process.panic;
 
@@ -111,6 +113,14 @@ pub const manifest = .{
     .{ "io_reap", file.reap, "io completions_out capacity" },
     .{ "io_destroy", file.destroy, "io" },
 
+    // Bursts of network frames, between a caller's buffer and rings or a TAP
+    .{ "net_receive", net.receive, "ring scratch scratch_words frames max buffer buffer_size flags counts" },
+    .{ "net_send", net.send, "ring scratch scratch_words frames first count buffer buffer_size flags counts" },
+    .{ "tap_open", tap.open, "name name_length offloads is_multi_queue name_out" },
+    .{ "tap_set_offloads", tap.setOffloads, "fd offloads" },
+    .{ "tap_read", tap.read, "fd frames max buffer buffer_size" },
+    .{ "tap_write", tap.write, "fd frames first count buffer buffer_size dropped_out" },
+
     // The other side of the ring, for load generation (frontend/)
     .{ "load_run", driver.run, "config result_out" },
 };
@@ -138,4 +148,6 @@ test {
     _ = ring;
     _ = file;
     _ = driver;
+    _ = net;
+    _ = tap;
 }

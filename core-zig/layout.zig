@@ -256,6 +256,63 @@ pub const Copy = extern struct {
     buffer_offset: u64,
 };
 
+/// A network frame in a caller's buffer. In the 12 bytes before it is its
+/// `virtio_net_hdr` (virtio 1.3, 5.1.6), whatever the guest's format.
+pub const Frame = extern struct {
+    offset: u32,
+    /// Bytes, without the header.
+    length: u32,
+};
+pub const net_header_size: u32 = 12;
+/// 64 KiB of payload, an Ethernet header with a VLAN tag (5.1.6.3.1).
+pub const net_frame_maximum: u32 = 65550;
+/// Chains per `net_receive`, and that one frame may take in `net_send`.
+pub const net_burst_maximum: u32 = 256;
+
+/// What the driver may leave to the device, or the device to the driver.
+pub const net_offload_checksum: u32 = 1;
+pub const net_offload_tso4: u32 = 2;
+pub const net_offload_tso6: u32 = 4;
+pub const net_offload_ecn: u32 = 8;
+pub const net_offload_ufo: u32 = 16;
+pub const net_offload_uso: u32 = 32;
+/// MRG_RXBUF: a frame may take several chains.
+pub const flag_net_mergeable: u32 = 1 << 16;
+/// A legacy driver without MRG_RXBUF: its header ends before num_buffers.
+pub const flag_net_short_header: u32 = 1 << 17;
+
+/// What a burst did; the first words of its scratch area.
+pub const NetProgress = extern struct {
+    /// Received, or taken from the caller (sent or dropped).
+    frames: u32,
+    /// Chains that were used up.
+    chains: u32,
+    /// 1: the driver must be called.
+    call: u32,
+    reserved: u32,
+};
+
+/// Counters of one queue, as DPDK counts.
+pub const NetCounts = extern struct {
+    packets: f64,
+    bytes: f64,
+    multicast: f64,
+    broadcast: f64,
+    /// By length in bytes, without the checksum behind the frame.
+    below_64: f64,
+    exactly_64: f64,
+    to_127: f64,
+    to_255: f64,
+    to_511: f64,
+    to_1023: f64,
+    to_1518: f64,
+    above_1518: f64,
+    /// Broke a rule: not delivered.
+    errors: f64,
+    /// Correct, and not delivered for another reason.
+    dropped: f64,
+};
+
 /// `poll_wait`: which descriptor is ready and how.
 pub const PollEvent = extern struct {
     token: u32,
@@ -294,6 +351,9 @@ comptime {
     std.debug.assert(@sizeOf(Segment) == 16);
     std.debug.assert(@sizeOf(IoRequest) == 48);
     std.debug.assert(@sizeOf(Copy) == 24);
+    std.debug.assert(@sizeOf(Frame) == 8);
+    std.debug.assert(@sizeOf(NetProgress) == 16);
+    std.debug.assert(@sizeOf(NetCounts) == 112);
 }
 
 /// `load_run`: what each request does.

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 2050554397;
+export const abiHash = 539784697;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -396,6 +396,42 @@ export const functions = {
     names: "io",
     result: "i32",
   },
+  netReceive: {
+    symbol: "vhost2_net_receive",
+    parameters: ["u32", "buffer", "u32", "buffer", "u32", "buffer", "u32", "u32", "buffer"],
+    names: "ring, scratch, scratchWords, frames, max, buffer, bufferSize, flags, counts",
+    result: "i32",
+  },
+  netSend: {
+    symbol: "vhost2_net_send",
+    parameters: ["u32", "buffer", "u32", "buffer", "u32", "u32", "buffer", "u32", "u32", "buffer"],
+    names: "ring, scratch, scratchWords, frames, first, count, buffer, bufferSize, flags, counts",
+    result: "i32",
+  },
+  tapOpen: {
+    symbol: "vhost2_tap_open",
+    parameters: ["buffer", "u32", "u32", "u32", "buffer"],
+    names: "name, nameLength, offloads, isMultiQueue, nameOut",
+    result: "i32",
+  },
+  tapSetOffloads: {
+    symbol: "vhost2_tap_set_offloads",
+    parameters: ["i32", "u32"],
+    names: "fd, offloads",
+    result: "i32",
+  },
+  tapRead: {
+    symbol: "vhost2_tap_read",
+    parameters: ["i32", "buffer", "u32", "buffer", "u32"],
+    names: "fd, frames, max, buffer, bufferSize",
+    result: "i32",
+  },
+  tapWrite: {
+    symbol: "vhost2_tap_write",
+    parameters: ["i32", "buffer", "u32", "u32", "buffer", "u32", "buffer"],
+    names: "fd, frames, first, count, buffer, bufferSize, droppedOut",
+    result: "i32",
+  },
   loadRun: {
     symbol: "vhost2_load_run",
     parameters: ["buffer", "buffer"],
@@ -528,6 +564,35 @@ export const layouts = {
     access: 12,
     bufferOffset: 16,
   },
+  Frame: {
+    byteSize: 8,
+    offset: 0,
+    length: 4,
+  },
+  NetProgress: {
+    byteSize: 16,
+    frames: 0,
+    chains: 4,
+    call: 8,
+    reserved: 12,
+  },
+  NetCounts: {
+    byteSize: 112,
+    packets: 0,
+    bytes: 8,
+    multicast: 16,
+    broadcast: 24,
+    below64: 32,
+    exactly64: 40,
+    to127: 48,
+    to255: 56,
+    to511: 64,
+    to1023: 72,
+    to1518: 80,
+    above1518: 88,
+    errors: 96,
+    dropped: 104,
+  },
   PollEvent: {
     byteSize: 8,
     token: 0,
@@ -637,6 +702,17 @@ export const constants = {
   flagIoDsync: 2,
   flagIoThreaded: 4,
   flagIoInline: 8,
+  netHeaderSize: 12,
+  netFrameMaximum: 65550,
+  netBurstMaximum: 256,
+  netOffloadChecksum: 1,
+  netOffloadTso4: 2,
+  netOffloadTso6: 4,
+  netOffloadEcn: 8,
+  netOffloadUfo: 16,
+  netOffloadUso: 32,
+  flagNetMergeable: 65536,
+  flagNetShortHeader: 131072,
   tokenFault: 4294967295,
   eventReadable: 1,
   eventWritable: 4,

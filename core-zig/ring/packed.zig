@@ -51,6 +51,12 @@ pub const Position = packed struct(u16) {
         return .{ .slot = @intCast(slot - size), .wrap = !self.wrap };
     }
 
+    /// `count` descriptors back, which are at most `size`.
+    pub inline fn before(self: Position, count: u32, size: u32) Position {
+        if (self.slot >= count) return .{ .slot = @intCast(self.slot - count), .wrap = self.wrap };
+        return .{ .slot = @intCast(self.slot + size - count), .wrap = !self.wrap };
+    }
+
     pub inline fn bits(self: Position) u16 {
         return @bitCast(self);
     }
@@ -160,6 +166,13 @@ pub const Packed = struct {
             self.outstanding += count;
             self.available = self.available.after(count, ring.size);
         }
+    }
+
+    /// The chain taken last is available again.
+    pub inline fn untake(self: *Packed, ring: *Ring, id: u32) void {
+        const count = self.lengths[id];
+        self.outstanding -= count;
+        self.available = self.available.before(count, ring.size);
     }
 
     /// Returns how many descriptors the chain has: at most `limit`.

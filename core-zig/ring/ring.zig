@@ -79,12 +79,12 @@ pub const Ring = struct {
         return self.failure();
     }
 
-    fn failure(self: *const Ring) i32 {
+    pub fn failure(self: *const Ring) i32 {
         return linux.fail(if (self.broken == layout.broken_memory) .FAULT else .PROTO);
     }
 
     /// Whether the ring may touch guest memory.
-    inline fn isUsable(self: *Ring) bool {
+    pub inline fn isUsable(self: *Ring) bool {
         if (self.broken != layout.broken_none) return false;
         if (self.memory.isUsable()) return true;
         _ = self.breakWith(layout.broken_memory, 0);
@@ -108,6 +108,19 @@ pub const Ring = struct {
         const last = self.oldest + self.ordered;
         self.order[if (last < self.size) last else last - self.size] = @intCast(head);
         self.ordered += 1;
+    }
+
+    /// As if `head`, the request popped last of those in flight, had not been
+    /// popped: it stays in the ring for the next pop.
+    pub fn unpop(self: *Ring, head: u32) void {
+        switch (self.format) {
+            inline else => |*format| format.untake(self, head),
+        }
+        self.heads[head] = .free;
+        if (self.log) |log| log.drop(head);
+        self.in_flight -= 1;
+        self.popped -= 1;
+        if (self.is_in_order) self.ordered -= 1;
     }
 
     /// Of IN_ORDER completions, those that no older request holds back. One
@@ -136,6 +149,11 @@ pub const Ring = struct {
 };
 
 var rings: Handles(Ring) = .{};
+
+/// Null for a dead handle.
+pub fn get(handle: u32) ?*Ring {
+    return rings.get(handle);
+}
 
 /// Returns the ring's handle; -EINVAL with `reason_out` when a value or an
 /// alignment is wrong, -EFAULT when an area is not whole inside one region.

@@ -137,6 +137,11 @@ pub const Split = struct {
         }
     }
 
+    /// The chain taken last is available again.
+    pub inline fn untake(self: *Split, _: *Ring, _: u32) void {
+        self.last_available -%= 1;
+    }
+
     inline fn walk(self: *Split, ring: *const Ring, batch: *chain.Batch, head: u32) chain.Error!void {
         var index = head;
         for (0..ring.size) |_| {

@@ -137,6 +137,12 @@ pub const Written = struct {
         return @intCast(self.blocks.items.len - 1);
     }
 
+    /// The request was not the device's after all.
+    pub fn drop(self: *Written, head: u32) void {
+        const request = &self.requests[head];
+        if (request.block != no_block) self.forget(request);
+    }
+
     fn forget(self: *Written, request: *Request) void {
         while (request.block != no_block) {
             const block = &self.blocks.items[request.block];

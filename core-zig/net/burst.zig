@@ -1,0 +1,344 @@
+//! Bursts of frames between a caller's buffer and the rings of a network
+//! device (virtio 1.3, 5.1.6): one call pops, checks, copies, and gives the
+//! chains back, so that nothing of it is in flight between two calls.
+//!
+//!   transmit chain:  header, frame       (all readable)
+//!   receive chain:   header, frame       (all writable); with MRG_RXBUF a
+//!                    frame goes on in the chains that follow
+//!
+//! Where descriptors cut header and frame is the driver's choice.
+
+const std = @import("std");
+const layout = @import("../layout.zig");
+const linux = @import("../linux.zig");
+const chain = @import("../ring/chain.zig");
+const rings = @import("../ring/ring.zig");
+const memory = @import("../memory/memory.zig");
+const checksum = @import("checksum.zig");
+const counting = @import("counts.zig");
+const headers = @import("header.zig");
+
+const Frame = layout.Frame;
+const Header = headers.Header;
+const Counts = layout.NetCounts;
+const Progress = layout.NetProgress;
+const progress_words = @sizeOf(Progress) / 4;
+const header_size = layout.net_header_size;
+const burst = layout.net_burst_maximum;
+
+/// Frames begin at multiples of this in the caller's buffer, so that it can
+/// read their fields as words.
+const frame_alignment = 16;
+
+/// The requests that one pop has left in the scratch area.
+const Chains = struct {
+    words: [*]u32,
+    word_count: u32,
+    stride: u32,
+    segments: [*]const layout.Segment,
+    count: u32,
+
+    fn init(ring: *const rings.Ring, scratch: [*]u32, scratch_words: u32) ?Chains {
+        if (scratch_words < progress_words) return null;
+        return .{
+            .words = scratch + progress_words,
+            .word_count = scratch_words - progress_words,
+            .stride = chain.recordStride(ring.header_bytes),
+            .segments = undefined,
+            .count = 0,
+        };
+    }
+
+    /// Returns how many there are, or a negative errno.
+    fn pop(self: *Chains, handle: u32, max: u32) i32 {
+        const popped = rings.pop(handle, self.words, self.word_count, max);
+        self.count = if (popped > 0) @intCast(popped) else 0;
+        self.segments = @ptrCast(self.words + @as(usize, max) * self.stride);
+        return popped;
+    }
+
+    inline fn at(self: *const Chains, index: u32) *const layout.Request {
+        return @ptrCast(self.words + @as(usize, index) * self.stride);
+    }
+
+    /// The header's bytes of a record.
+    inline fn headerOf(self: *const Chains, index: u32) *const [header_size]u8 {
+        return @ptrCast(self.words + @as(usize, index) * self.stride + chain.request_words);
+    }
+
+    /// Those from `first` on stay in the ring.
+    fn keep(self: *Chains, ring: *rings.Ring, first: u32) void {
+        while (self.count > first) {
+            self.count -= 1;
+            ring.unpop(self.at(self.count).head);
+        }
+    }
+};
+
+/// What goes back to the driver at the end.
+const Completions = struct {
+    list: [burst]layout.Completion = undefined,
+    count: u32 = 0,
+
+    inline fn add(self: *Completions, head: u32, written: u32) void {
+        self.list[self.count] = .{ .head = head, .written = written };
+        self.count += 1;
+    }
+
+    /// Returns 0, or a negative errno.
+    fn push(self: *Completions, handle: u32, progress: *Progress) i32 {
+        if (self.count == 0) return 0;
+        const result = rings.push(handle, &self.list, self.count);
+        progress.chains += self.count;
+        self.count = 0;
+        if (result < 0) return result;
+        if (result == 1) progress.call = 1;
+        return 0;
+    }
+};
+
+/// Takes up to `max` frames out of a transmit queue, whose ring was made with
+/// `header_bytes` of the guest's header. `flags` says what the driver may have
+/// left undone. Progress is in the first words of `scratch`. Returns 0, -EPROTO
+/// or -EFAULT for a ring that is broken, -EINVAL for parameters.
+pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Frame, max: u32, buffer: [*]u8, buffer_size: u32, flags: u32, counts: *Counts) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    var chains = Chains.init(ring, scratch, scratch_words) orelse return linux.fail(.INVAL);
+    const progress: *Progress = @ptrCast(scratch);
+    progress.* = std.mem.zeroes(Progress);
+    if (max == 0 or max > burst or buffer_size < frame_alignment + layout.net_frame_maximum) return linux.fail(.INVAL);
+    if (ring.header_bytes > header_size) return linux.fail(.INVAL);
+
+    const table = ring.memory.enter();
+    defer ring.memory.leave();
+    const popped = chains.pop(handle, max);
+    if (popped <= 0) return popped;
+    var completions: Completions = .{};
+    var position: u32 = 0;
+    var index: u32 = 0;
+    while (index < chains.count) : (index += 1) {
+        const record = chains.at(index);
+        const length = record.readable_bytes;
+        const header = checkedHeader(&chains, index, ring.header_bytes, flags) orelse {
+            counts.errors += 1;
+            completions.add(record.head, 0);
+            continue;
+        };
+        const start = position + frame_alignment;
+        if (length > buffer_size - start) {
+            // At most the largest frame, so this is not the first of the batch.
+            chains.keep(ring, index);
+            break;
+        }
+        const frame = buffer + start;
+        if (!gather(table, &chains, record, frame)) return linux.fail(.FAULT);
+        header.store((frame - header_size)[0..header_size]);
+        frames[progress.frames] = .{ .offset = start, .length = length };
+        progress.frames += 1;
+        // No overflow, as all of it is in the buffer; behind it nothing fits.
+        position = @min(std.mem.alignForward(u32, start + length, frame_alignment), buffer_size - frame_alignment);
+        counting.add(counts, frame, length);
+        completions.add(record.head, 0);
+    }
+    // What was copied since a fault may be zeros that nobody wrote.
+    if (!ring.isUsable()) return ring.failure();
+    return completions.push(handle, progress);
+}
+
+inline fn checkedHeader(chains: *const Chains, index: u32, header_bytes: u32, flags: u32) ?Header {
+    const record = chains.at(index);
+    if (record.header_length < header_bytes) return null;
+    if (record.readable_bytes < headers.frame_minimum or record.readable_bytes > layout.net_frame_maximum) return null;
+    const header: Header = .load(chains.headerOf(index));
+    if (header.isPlain()) return .{};
+    return header.checked(record.readable_bytes, flags);
+}
+
+/// Copies a request's readable bytes. False when memory has gone.
+inline fn gather(table: *const memory.Table, chains: *const Chains, record: *const layout.Request, to: [*]u8) bool {
+    var at = to;
+    for (chains.segments[record.segment_first..][0..record.readable_count]) |segment| {
+        const from = table.pointerOf(segment.view, segment.offset, segment.length) orelse return false;
+        memory.copyBytes(at, from, segment.length);
+        at += segment.length;
+    }
+    return true;
+}
+
+/// Writes bytes into the writable segments of chains, one behind the other.
+const Scatter = struct {
+    table: *const memory.Table,
+    chains: *const Chains,
+    /// The chain being filled, its segment, and bytes of that which are done.
+    index: u32,
+    segment: u32 = 0,
+    done: u32 = 0,
+
+    /// There must be room. False when memory has gone.
+    inline fn write(self: *Scatter, bytes: []const u8) bool {
+        var from = bytes;
+        while (from.len != 0) {
+            const record = self.chains.at(self.index);
+            if (self.segment == record.writable_count) {
+                self.index += 1;
+                self.segment = 0;
+                continue;
+            }
+            const segment = &self.chains.segments[record.segment_first + record.readable_count + self.segment];
+            const length: u32 = @intCast(@min(from.len, segment.length - self.done));
+            const to = self.table.pointerOf(segment.view, segment.offset + self.done, length) orelse return false;
+            memory.copyBytes(to, from.ptr, length);
+            from = from[length..];
+            self.done += length;
+            if (self.done == segment.length) {
+                self.segment += 1;
+                self.done = 0;
+            }
+        }
+        return true;
+    }
+};
+
+/// Puts frames `first` to `first + count` of a buffer into a receive queue.
+/// `flags` says what the driver will complete itself; what it will not is done
+/// here, in the buffer, or the frame is dropped. Stops where no chains are left
+/// for a frame. Progress and results are as `receive`'s.
+pub fn send(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]const Frame, first: u32, count: u32, buffer: [*]u8, buffer_size: u32, flags: u32, counts: *Counts) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    const chains = Chains.init(ring, scratch, scratch_words) orelse return linux.fail(.INVAL);
+    const progress: *Progress = @ptrCast(scratch);
+    progress.* = std.mem.zeroes(Progress);
+    const list = frames[first..][0..count];
+    for (list) |frame| {
+        if (frame.offset < header_size or frame.offset > buffer_size or
+            frame.length > buffer_size - frame.offset or frame.length == 0) return linux.fail(.INVAL);
+    }
+    var sender: Sender = .{
+        .handle = handle,
+        .ring = ring,
+        .table = ring.memory.enter(),
+        .chains = chains,
+        .frames = list,
+        .buffer = buffer,
+        .flags = flags,
+        .counts = counts,
+        .progress = progress,
+    };
+    defer ring.memory.leave();
+    return sender.run();
+}
+
+const Sender = struct {
+    handle: u32,
+    ring: *rings.Ring,
+    table: *const memory.Table,
+    chains: Chains,
+    frames: []const Frame,
+    buffer: [*]u8,
+    flags: u32,
+    counts: *Counts,
+    progress: *Progress,
+    completions: Completions = .{},
+
+    fn run(self: *Sender) i32 {
+        // How many chains are popped at once: as many as frames, until one
+        // frame needs more.
+        var wanted: u32 = 1;
+        while (self.progress.frames < self.frames.len) {
+            const left: u32 = @intCast(self.frames.len - self.progress.frames);
+            const max = @min(burst, @max(left, wanted));
+            const popped = self.chains.pop(self.handle, max);
+            if (popped < 0) return popped;
+            if (popped == 0) return 0;
+            const before = self.progress.frames;
+            const used = self.fill() orelse return if (self.ring.isUsable()) linux.fail(.FAULT) else self.ring.failure();
+            const is_short = used < self.chains.count;
+            self.chains.keep(self.ring, used);
+            const result = self.completions.push(self.handle, self.progress);
+            if (result < 0) return result;
+            if (!is_short or self.progress.frames == self.frames.len) continue;
+            // The chains that were left did not suffice for the next frame.
+            if (wanted == burst and self.progress.frames == before) {
+                if (popped < burst) return 0;
+                // Nor would ever so many of this kind.
+                self.progress.frames += 1;
+                self.counts.dropped += 1;
+                wanted = 1;
+            } else wanted = burst;
+        }
+        return 0;
+    }
+
+    /// Frames into the chains popped; returns how many of these are used up,
+    /// or null when memory has gone.
+    fn fill(self: *Sender) ?u32 {
+        const is_mergeable = self.flags & layout.flag_net_mergeable != 0;
+        const size: u32 = if (self.flags & layout.flag_net_short_header != 0) header_size - 2 else header_size;
+        var index: u32 = 0;
+        while (index < self.chains.count and self.progress.frames < self.frames.len) {
+            const frame = self.frames[self.progress.frames];
+            const bytes = (self.buffer + frame.offset)[0..frame.length];
+            var header = self.prepared(bytes) orelse {
+                self.progress.frames += 1;
+                self.counts.dropped += 1;
+                continue;
+            };
+            const needed = size + frame.length;
+            var room: u64 = self.chains.at(index).writable_bytes;
+            var end = index + 1;
+            while (room < needed and is_mergeable and end < self.chains.count) : (end += 1) {
+                room += self.chains.at(end).writable_bytes;
+            }
+            if (room < needed) {
+                if (is_mergeable) return index;
+                // The driver gave too small a buffer (5.1.6.3.1): it gets that
+                // back empty.
+                self.completions.add(self.chains.at(index).head, 0);
+                self.counts.dropped += 1;
+                self.progress.frames += 1;
+                index += 1;
+                continue;
+            }
+            header.num_buffers = @intCast(end - index);
+            var encoded: [header_size]u8 = undefined;
+            header.store(&encoded);
+            var scatter: Scatter = .{ .table = self.table, .chains = &self.chains, .index = index };
+            if (!scatter.write(encoded[0..size]) or !scatter.write(bytes)) return null;
+            var left = needed;
+            for (index..end) |i| {
+                const record = self.chains.at(@intCast(i));
+                const written = @min(left, record.writable_bytes);
+                self.completions.add(record.head, written);
+                left -= written;
+            }
+            counting.add(self.counts, bytes.ptr, frame.length);
+            self.progress.frames += 1;
+            index = end;
+        }
+        return if (self.ring.isUsable()) index else null;
+    }
+
+    /// The header for this driver; null when the frame cannot be made fit.
+    inline fn prepared(self: *Sender, bytes: []u8) ?Header {
+        const place = (bytes.ptr - header_size)[0..header_size];
+        var header: Header = .load(place);
+        if (header.isPlain()) return .{};
+        const needed = header.offloads() orelse return null;
+        header.flags &= headers.flag_needs_checksum | headers.flag_data_valid;
+        if (needed & ~self.flags == 0) {
+            if (self.flags & layout.net_offload_checksum == 0) header.flags = 0;
+            return header;
+        }
+        if (header.gso_type != headers.gso_none or !checksum.complete(bytes, header)) return null;
+        header = .{};
+        // Whoever gets the same frame next need not do it again.
+        header.store(place);
+        return header;
+    }
+};
+
+test {
+    _ = headers;
+    _ = checksum;
+    _ = @import("burst_test.zig");
+}
