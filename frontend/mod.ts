@@ -8,6 +8,9 @@
 // A disk.
 export * from "./blk.ts";
 
+// A network card.
+export * from "./net.ts";
+
 // Any device.
 export * from "./device.ts";
 
