@@ -5,3 +5,4 @@
  */
 
 export * from "./blk/mod.ts";
+export * from "./net/mod.ts";

@@ -99,7 +99,16 @@ const stateWords = new DataView(new ArrayBuffer(layouts.RingState.byteSize));
 const configWords = new DataView(new ArrayBuffer(layouts.RingConfig.byteSize));
 const reasonOut = new Uint32Array(1);
 
-function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
+/**
+ * The core's ring of a started queue, for those who use the core's other ways
+ * of processing one; it is theirs to destroy.
+ *
+ * @throws Vhost2Error SYSTEM when the ring cannot be used as it is
+ */
+export function createRing(
+  queue: StartedQueue,
+  options: Pick<VirtqueueOptions, "headerBytes" | "trailerBytes">,
+): number {
   const field = layouts.RingConfig;
   const { addresses } = queue;
   configWords.setBigUint64(field.descriptorAddress, addresses.descriptor, true);
@@ -130,6 +139,21 @@ function createRing(queue: StartedQueue, options: VirtqueueOptions): number {
       ? `${action}: ${refused(queue)}`
       : action,
   );
+}
+
+/** Why the core answered `errno` for a ring, as one clause. */
+export function brokenReason(ring: number, errno: number): string {
+  const field = layouts.RingState;
+  if (core.ringState(ring, stateWords) < 0) return errnoName(-errno);
+  const broken = stateWords.getUint32(field.broken, true);
+  const value = stateWords.getBigUint64(field.brokenValue, true);
+  return brokenReasons[broken]?.(value) ?? errnoName(-errno);
+}
+
+/** Where a ring's queue goes on, should it be started again. */
+export function lastAvailable(ring: number): number | null {
+  if (core.ringState(ring, stateWords) < 0) return null;
+  return stateWords.getUint32(layouts.RingState.lastAvailable, true);
 }
 
 /**
@@ -347,14 +371,7 @@ export class Virtqueue implements Turn {
     this.#isBroken = true;
     // A fault of the memory is the session's to report, for all its queues.
     if (errno === -Errno.EFAULT) return;
-    const field = layouts.RingState;
-    let reason = errnoName(-errno);
-    if (core.ringState(this.#ring, stateWords) >= 0) {
-      const broken = stateWords.getUint32(field.broken, true);
-      const value = stateWords.getBigUint64(field.brokenValue, true);
-      reason = brokenReasons[broken]?.(value) ?? reason;
-    }
-    this.queue.fail(reason);
+    this.queue.fail(brokenReason(this.#ring, errno));
   }
 
   /**
@@ -371,12 +388,8 @@ export class Virtqueue implements Turn {
     this.#end.abort();
     this.flush();
     this.#isOpen = false;
-    if (core.ringState(this.#ring, stateWords) >= 0) {
-      this.queue.availableIndex = stateWords.getUint32(
-        layouts.RingState.lastAvailable,
-        true,
-      );
-    }
+    this.queue.availableIndex = lastAvailable(this.#ring) ??
+      this.queue.availableIndex;
     core.ringDestroy(this.#ring);
   }
 

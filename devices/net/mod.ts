@@ -1,0 +1,171 @@
+/**
+ * Network devices (virtio 1.3, section 5.1).
+ *
+ * @module
+ */
+
+import { Vhost2Error } from "../../ffi/errors.ts";
+import { featureMask, ProtocolFeature } from "../../protocol/features.ts";
+import type { Device } from "../../session/device.ts";
+import type { TargetOps } from "../../session/target_ops.ts";
+import {
+  netFeatures,
+  type NetProperties,
+  parseMac,
+  randomMac,
+} from "./config.ts";
+import { NetDevice, type Nic } from "./device.ts";
+import type { NetEnd } from "./ends/end.ts";
+import { type FrameStreams, streamEnd } from "./ends/stream.ts";
+import { NetStatistics } from "./statistics.ts";
+
+export { type BurstEnd, burstEnd } from "./ends/burst.ts";
+export { discardEnd } from "./ends/discard.ts";
+export { echoEnd } from "./ends/echo.ts";
+export {
+  type EndPort,
+  type NetEnd,
+  type NetLink,
+  Offload,
+} from "./ends/end.ts";
+export { type PcapOptions, pcapTap } from "./ends/pcap.ts";
+export { type FrameStreams, streamEnd } from "./ends/stream.ts";
+export { NetSwitch } from "./ends/switch.ts";
+export { tapEnd, type TapOptions } from "./ends/tap.ts";
+export { NetFeature } from "./config.ts";
+export { Frames, NetHeader } from "./frames.ts";
+export { type NetCounts, NetStatistics } from "./statistics.ts";
+
+/** A network device's options. */
+export interface NetOptions {
+  /** Where its frames go and come from: an end, or a pair of Web Streams. */
+  readonly end: NetEnd | FrameStreams;
+  /** The station's address, `52:54:00:12:34:56`; random unless given. */
+  readonly mac?: string;
+  /** Bytes that a frame may carry, told to the driver; 68 to 65535. */
+  readonly mtu?: number;
+  /** Queue pairs at most, 1 to 127; 1 unless given. */
+  readonly numQueues?: number;
+  /** Microseconds to look for more after the last work; 50 unless given. */
+  readonly pollMicroseconds?: number;
+  /**
+   * Told what went wrong, where it was not the guest's fault. Unless given
+   * such errors are written to the console.
+   */
+  readonly onError?: (error: Vhost2Error, device: Device) => void;
+}
+
+/** A network device: spread it into the options of `registerTarget`. */
+export interface Net {
+  /** Virtio features that it offers. */
+  readonly features: bigint;
+  /** vhost-user's: RARP and NET_MTU. */
+  readonly protocolFeatures: bigint;
+  readonly queueCount: number;
+  /** Makes the device of a front-end. */
+  readonly device: (device: Device) => TargetOps;
+  /** What went through it. */
+  readonly statistics: NetStatistics;
+  /** The address that drivers are told. */
+  readonly mac: string;
+  /** Pulls the guests' cable, or plugs it in again. */
+  setLink(isUp: boolean): void;
+  /** Asks guests to announce themselves to their network (GUEST_ANNOUNCE). */
+  announce(): void;
+  /** Closes the end: after the targets were unregistered. */
+  close(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
+}
+
+function requireInteger(
+  name: string,
+  value: number,
+  least: number,
+  most: number,
+): number {
+  if (Number.isInteger(value) && value >= least && value <= most) return value;
+  throw new Vhost2Error(
+    "OPTION",
+    `Cannot use ${name}: ${value} (a whole number from ${least} to ${most})`,
+  );
+}
+
+/**
+ * A network device, for as many front-ends at once as its end has ports.
+ *
+ * @param options its end, and what it says of itself
+ * @returns what `registerTarget` needs, and the handle of the device
+ * @throws Vhost2Error OPTION for unusable options
+ *
+ * @example A network card that sends each frame back
+ * ```ts
+ * import { echoEnd, netDevice, registerTarget } from "vhost2";
+ * await using nic = netDevice({ end: echoEnd(), mac: "52:54:00:12:34:56" });
+ * await using target = await registerTarget({
+ *   transport: "vhost-user",
+ *   address: `${Deno.makeTempDirSync()}/net.sock`,
+ *   ...nic,
+ * });
+ * const { fromGuest } = nic.statistics.snapshot();
+ * if (fromGuest.packets !== 0) throw new Error(target.name);
+ * ```
+ */
+export function netDevice(options: NetOptions): Net {
+  const end = "open" in options.end ? options.end : streamEnd(options.end);
+  const mac = options.mac === undefined ? randomMac() : parseMac(options.mac);
+  const properties: NetProperties = {
+    mac,
+    pairCount: requireInteger("numQueues", options.numQueues ?? 1, 1, 127),
+    mtu: options.mtu === undefined
+      ? 0
+      : requireInteger("mtu", options.mtu, 68, 65535),
+    offloads: end.offloads,
+  };
+  const statistics = new NetStatistics(properties.pairCount);
+  const connected = new Set<NetDevice>();
+  let isLinkUp = true;
+  const nic: Nic = {
+    properties,
+    end,
+    statistics,
+    pollMicroseconds: options.pollMicroseconds,
+    report(error, device) {
+      try {
+        if (options.onError === undefined) console.error(error.message);
+        else options.onError(error, device);
+      } catch (failure) {
+        console.error("onError of a network device failed:", failure);
+      }
+    },
+  };
+  let closed: Promise<void> | undefined;
+  const close = (): Promise<void> =>
+    closed ??= (async () => await end.close())();
+  return {
+    features: netFeatures(properties),
+    protocolFeatures: featureMask(
+      ProtocolFeature.RARP,
+      ProtocolFeature.NET_MTU,
+    ),
+    // And the control queue.
+    queueCount: 2 * properties.pairCount + 1,
+    device(device) {
+      const made = new NetDevice(device, nic, () => connected.delete(made));
+      connected.add(made);
+      made.setLink(isLinkUp);
+      return made;
+    },
+    statistics,
+    mac: Array.from(mac, (byte) => byte.toString(16).padStart(2, "0"))
+      .join(":"),
+    setLink(isUp) {
+      isLinkUp = isUp;
+      for (const device of connected) device.setLink(isUp);
+    },
+    announce() {
+      for (const device of connected) device.announce();
+    },
+    close,
+    [Symbol.asyncDispose]: close,
+  };
+}
