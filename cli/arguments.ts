@@ -4,12 +4,16 @@
  * @module
  */
 
-import { parseArgs } from "node:util";
-
-/** A mistake on the command line. */
-export class UsageError extends Error {
-  override readonly name = "UsageError";
-}
+import { type NetArguments, parseNet } from "./net_arguments.ts";
+import {
+  general,
+  parse,
+  parseAddress,
+  parseCount,
+  parseSize,
+  type SocketAddress,
+  UsageError,
+} from "./parsing.ts";
 
 /** Where a disk's bytes are to be. Sizes in bytes. */
 export type DiskSource =
@@ -20,7 +24,7 @@ export type DiskSource =
 /** `vhost2 blk`, understood. */
 export interface BlkArguments {
   readonly source: DiskSource;
-  readonly address: string | { readonly fd: number };
+  readonly address: SocketAddress;
   readonly isConnecting: boolean;
   readonly isReadOnly: boolean;
   readonly isDirect: boolean;
@@ -33,15 +37,11 @@ export interface BlkArguments {
 
 /** What is to be done. */
 export type Command =
-  | { readonly name: "help"; readonly about: "all" | "blk" }
+  | { readonly name: "help"; readonly about: "all" | "blk" | "net" }
   | { readonly name: "version" }
-  | { readonly name: "capabilities" }
-  | { readonly name: "blk"; readonly arguments: BlkArguments };
-
-const general = {
-  help: { type: "boolean", short: "h" },
-  version: { type: "boolean", short: "V" },
-} as const;
+  | { readonly name: "capabilities"; readonly of: "blk" | "net" }
+  | { readonly name: "blk"; readonly arguments: BlkArguments }
+  | { readonly name: "net"; readonly arguments: NetArguments };
 
 const blkOptions = {
   ...general,
@@ -60,51 +60,6 @@ const blkOptions = {
   verbose: { type: "boolean", short: "v" },
 } as const;
 
-const units: Record<string, number> = {
-  "": 1,
-  K: 2 ** 10,
-  M: 2 ** 20,
-  G: 2 ** 30,
-  T: 2 ** 40,
-};
-
-/** Bytes of `64M`, `1GiB`, `512`. */
-export function parseSize(option: string, text: string): number {
-  const found = /^(\d+)(?:([KMGT])(?:i?B)?)?$/i.exec(text);
-  const size = found === null
-    ? NaN
-    : Number(found[1]) * units[(found[2] ?? "").toUpperCase()];
-  if (Number.isSafeInteger(size) && size > 0) return size;
-  throw new UsageError(
-    `--${option} takes a size such as 512M or 2G, not "${text}"`,
-  );
-}
-
-function parseCount(
-  option: string,
-  text: string,
-  least: number,
-  most: number,
-): number {
-  const value = /^\d+$/.test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  throw new UsageError(
-    `--${option} takes a number from ${least} to ${most}, not "${text}"`,
-  );
-}
-
-function parse<T extends NonNullable<Parameters<typeof parseArgs>[0]>>(
-  config: T,
-): ReturnType<typeof parseArgs<T>> {
-  try {
-    return parseArgs(config);
-  } catch (error) {
-    // The parser adds advice about "--" after its first sentence.
-    const [sentence] = (error as Error).message.split(". ");
-    throw new UsageError(sentence.replace(/\.$/, ""));
-  }
-}
-
 /** Understands the words after the program's name. */
 export function parseCommand(words: readonly string[]): Command {
   const [name, ...rest] = words;
@@ -112,8 +67,9 @@ export function parseCommand(words: readonly string[]): Command {
     return { name: "help", about: "all" };
   }
   if (name === "blk") return parseBlk(rest);
+  if (name === "net") return parseNet(rest);
   if (!name.startsWith("-")) {
-    throw new UsageError(`there is no command "${name}" (there is: blk)`);
+    throw new UsageError(`there is no command "${name}" (there is: blk, net)`);
   }
   const { values } = parse({ args: [...words], options: general });
   return values.version ? { name: "version" } : { name: "help", about: "all" };
@@ -123,7 +79,7 @@ function parseBlk(words: string[]): Command {
   const { values } = parse({ args: words, options: blkOptions });
   if (values.help) return { name: "help", about: "blk" };
   if (values.version) return { name: "version" };
-  if (values["print-capabilities"]) return { name: "capabilities" };
+  if (values["print-capabilities"]) return { name: "capabilities", of: "blk" };
   const blockSize = values["logical-block-size"];
   if (![undefined, "512", "4096"].includes(blockSize)) {
     throw new UsageError(
@@ -178,19 +134,4 @@ function parseSource(
   throw new UsageError(
     "a disk needs --blk-file PATH, --memory SIZE or --null SIZE",
   );
-}
-
-function parseAddress(
-  values: { "socket-path"?: string; fd?: string; connect?: boolean },
-): BlkArguments["address"] {
-  const { "socket-path": path, fd, connect } = values;
-  if (path !== undefined && fd !== undefined) {
-    throw new UsageError("--socket-path and --fd exclude each other");
-  }
-  if (path !== undefined) return path;
-  if (fd === undefined) {
-    throw new UsageError("a socket is needed: --socket-path PATH or --fd N");
-  }
-  if (connect) throw new UsageError("--connect needs --socket-path");
-  return { fd: parseCount("fd", fd, 0, 2 ** 31 - 1) };
 }

@@ -13,11 +13,15 @@ import {
   memoryBacking,
   nullBacking,
 } from "../devices/mod.ts";
-import { constants } from "../ffi/abi.gen.ts";
-import { core } from "../ffi/core.ts";
-import { Vhost2Error } from "../ffi/errors.ts";
+import type { Vhost2Error } from "../ffi/errors.ts";
 import { registerTarget, type Target } from "../mod.ts";
 import type { BlkArguments } from "./arguments.ts";
+import {
+  deferred,
+  describeSocket,
+  isConnected,
+  stopSignal,
+} from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
 export const capabilities = {
@@ -49,45 +53,13 @@ export function formatSize(size: number): string {
   return `${size} bytes`;
 }
 
-/** Whether an inherited socket is one connection, not a listener. */
-function isConnected(address: BlkArguments["address"]): boolean {
-  if (typeof address === "string") return false;
-  const kind = core.descriptorKind(address.fd);
-  if (kind === constants.kindListener) return false;
-  if (kind === constants.kindSocket) return true;
-  throw new Vhost2Error(
-    "OPTION",
-    `Cannot use --fd ${address.fd}: it is not a socket`,
-  );
-}
-
 function readyLine(options: BlkArguments, disk: Blk): string {
   const { address, source, numQueues } = options;
-  const how = options.isConnecting
-    ? "connecting to"
-    : isConnected(address)
-    ? "serving"
-    : "listening on";
-  const where = typeof address === "string" ? address : `fd ${address.fd}`;
   const what = source.kind === "file" ? source.path : source.kind;
   const queues = numQueues === 1 ? "1 queue" : `${numQueues} queues`;
-  return `vhost2: ${how} ${where} (${
+  return `vhost2: ${describeSocket(address, options.isConnecting)} (${
     formatSize(disk.size)
   }, ${what}, ${queues})`;
-}
-
-/** Resolves with the first SIGINT or SIGTERM; a second one ends at once. */
-function stopSignal(): Promise<void> {
-  return new Promise((resolve) => {
-    let isStopping = false;
-    const stop = () => {
-      if (isStopping) process.exit(1);
-      isStopping = true;
-      resolve();
-    };
-    process.on("SIGINT", stop);
-    process.on("SIGTERM", stop);
-  });
 }
 
 /**
@@ -138,11 +110,4 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
     await target?.unregister();
     await (disk ?? backing).close();
   }
-}
-
-/** `Promise.withResolvers` is missing in Node 20. */
-function deferred(): { promise: Promise<void>; resolve: () => void } {
-  let resolve = () => {};
-  const promise = new Promise<void>((settle) => resolve = settle);
-  return { promise, resolve };
 }

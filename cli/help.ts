@@ -6,6 +6,7 @@ Usage: vhost2 COMMAND [OPTIONS]
 
 Commands:
   blk          a disk (vhost-user-blk)
+  net          a network card (vhost-user-net)
 
 Options:
   -h, --help     this text; "vhost2 blk --help" for a command's options
@@ -37,5 +38,34 @@ Options:
   -V, --version             the version
 
 SIGINT and SIGTERM stop it: requests in flight are finished first.
+`,
+  net: `vhost2 net: a network card for QEMU and other virtual machine monitors
+
+Usage: vhost2 net --socket-path PATH --tap NAME [OPTIONS]
+
+The socket, one of:
+  --socket-path PATH  listen on a Unix socket at PATH; with --switch any number
+                      of them, and any number of guests on each
+  --fd N              an inherited socket, listening or connected
+  --connect           with --socket-path: connect to it instead
+
+The other end of the cable, one of:
+  --tap NAME          a TAP interface of this host, made if it is not there
+  --switch NAME       a switch among all guests of this command
+  --echo              swaps the addresses of each frame and sends it back
+  --discard           takes everything, for measuring
+
+Options:
+  --pcap FILE           capture all frames in FILE, for Wireshark or tcpdump
+  --num-queues N        queue pairs at most, 1 to 127 (1)
+  --mac ADDRESS         the card's address, for front-ends that ask for it
+  --mtu N               bytes in a frame, told to the guest, 68 to 65535
+  --poll-us N           look for more so long after the last frame (50)
+  -v, --verbose         show each message, one line each, on stderr
+  --print-capabilities  print what this program can do, as JSON, and end
+  -h, --help            this text
+  -V, --version         the version
+
+SIGINT and SIGTERM stop it.
 `,
 } as const;

@@ -6,8 +6,9 @@
  */
 
 import process from "node:process";
-import { type Command, parseCommand, UsageError } from "./arguments.ts";
+import { type Command, parseCommand } from "./arguments.ts";
 import { help } from "./help.ts";
+import { UsageError } from "./parsing.ts";
 import { version } from "./version.ts";
 
 /** Ends the process: 0 done, 1 it could not be done, 2 asked for wrongly. */
@@ -33,8 +34,17 @@ async function perform(command: Command): Promise<void> {
   }
   // Only now: the core is loaded with it.
   const blk = await import("./blk.ts");
-  if (command.name === "blk") return await blk.serveBlk(command.arguments);
-  process.stdout.write(`${JSON.stringify(blk.capabilities)}\n`);
+  const net = await import("./net.ts");
+  switch (command.name) {
+    case "blk":
+      return await blk.serveBlk(command.arguments);
+    case "net":
+      return await net.serveNet(command.arguments);
+    case "capabilities": {
+      const { capabilities } = command.of === "blk" ? blk : net;
+      process.stdout.write(`${JSON.stringify(capabilities)}\n`);
+    }
+  }
 }
 
 process.exitCode = await run(process.argv.slice(2));
