@@ -6,6 +6,8 @@ import type { AddressInfo } from "node:net";
 import { serveEcho } from "../../examples/plain_ring.ts";
 import { serveEntropy } from "../../examples/entropy.ts";
 import { httpDisk, serveHttpDisk } from "../../examples/http_disk.ts";
+import { serveHub } from "../../examples/hub.ts";
+import { NetClient } from "../../frontend/mod.ts";
 import {
   assertBytes,
   concat,
@@ -15,6 +17,7 @@ import {
   pattern,
   TemporaryFolder,
 } from "../devices/disk_guest.ts";
+import { frameOf } from "../devices/net_guest.ts";
 import { test } from "../harness.ts";
 
 test("the entropy source is a device in at most 40 lines, and fills what the guest hands in", async () => {
@@ -137,4 +140,25 @@ test("a server without such a file is said when the disk is made", async () => {
   await using server = await startServer(new Uint8Array(4096));
   server.break();
   await assert.rejects(httpDisk(server.url), /status 500/);
+});
+
+test("the hub passes everything to everybody else, but what a DHCP server says", async () => {
+  using folder = new TemporaryFolder();
+  const path = folder.file("hub.sock");
+  await using _target = await serveHub(path);
+  await using one = await NetClient.open({ path });
+  await using two = await NetClient.open({ path });
+  await using three = await NetClient.open({ path });
+  const offer = frameOf(300);
+  offer.set([8, 0, 0x45], 12);
+  offer[23] = 17;
+  offer.set([0, 67, 0, 68], 34);
+  await one.send(offer);
+  const other = offer.slice();
+  other[35] = 68;
+  await one.send(other);
+  for (const card of [two, three]) {
+    assertBytes((await card.receive()).bytes, other);
+  }
+  assert.equal(one.pending + two.pending + three.pending, 0);
 });
