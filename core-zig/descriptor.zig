@@ -108,6 +108,15 @@ pub fn memfdResize(fd: i32, size: f64) callconv(.c) i32 {
     return sys.result(linux.ftruncate(fd, @intCast(bytes)));
 }
 
+/// Nobody can make it shorter or longer any more.
+pub fn memfdSeal(fd: i32) callconv(.c) i32 {
+    const F_ADD_SEALS = 1033;
+    const seal_seal = 1;
+    const seal_shrink = 2;
+    const seal_grow = 4;
+    return sys.result(linux.fcntl(fd, F_ADD_SEALS, seal_seal | seal_shrink | seal_grow));
+}
+
 /// flags: bit 0 write, bit 1 create, bit 2 O_DIRECT.
 pub fn fileOpen(path: [*]const u8, path_length: u32, flags: u32) callconv(.c) i32 {
     var buffer: [4096]u8 = undefined;

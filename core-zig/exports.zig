@@ -16,6 +16,7 @@ const postcopy = @import("memory/postcopy.zig");
 const userfault = @import("memory/userfault.zig");
 const dirty_log = @import("memory/dirty_log.zig");
 const ring = @import("ring/ring.zig");
+const inflight = @import("ring/inflight.zig");
 const file = @import("file/engine.zig");
 const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
@@ -43,6 +44,7 @@ pub const manifest = .{
     .{ "eventfd_take", descriptor.eventfdTake, "fd" },
     .{ "memfd_create", descriptor.memfdCreate, "size" },
     .{ "memfd_resize", descriptor.memfdResize, "fd size" },
+    .{ "memfd_seal", descriptor.memfdSeal, "fd" },
     .{ "file_open", descriptor.fileOpen, "path path_length flags" },
     .{ "file_size", descriptor.fileSize, "fd" },
     .{ "file_traits", file_traits.inspect, "fd traits_out" },
@@ -104,6 +106,11 @@ pub const manifest = .{
     .{ "ring_disarm", ring.disarm, "ring" },
     .{ "ring_state", ring.state, "ring state_out" },
     .{ "ring_destroy", ring.destroy, "ring" },
+
+    // Inflight regions: what a ring of a crashed process had taken
+    .{ "inflight_stride", inflight.inflightStride, "queue_size is_packed" },
+    .{ "inflight_open", inflight.open, "memory fd size offset queue_count queue_size is_packed" },
+    .{ "inflight_close", inflight.close, "inflight" },
 
     // File I/O between files and guest memory
     .{ "io_create", file.create, "entries use_threads" },

@@ -120,7 +120,9 @@ pub const RingConfig = extern struct {
     flags: u32,
     /// 0-based.
     queue_index: u32 = 0,
-    reserved: u32 = 0,
+    /// Handle of the inflight region in which the queue has its part, or 0. A
+    /// region in use says where to go on, whatever `base` says.
+    inflight: u32 = 0,
 };
 /// What the device writes may have to be logged (LOG_SHMFD is negotiated).
 pub const flag_ring_logged: u32 = 1;
@@ -132,6 +134,9 @@ pub const refuse_ring_descriptor_area: u32 = 2;
 pub const refuse_ring_available_area: u32 = 3;
 pub const refuse_ring_used_area: u32 = 4;
 pub const refuse_ring_config: u32 = 5;
+/// The inflight region has no part for this ring, or (-EUCLEAN) one whose
+/// content breaks a rule.
+pub const refuse_ring_inflight: u32 = 6;
 
 /// Why a ring is broken (`RingState.broken`).
 pub const broken_none: u32 = 0;
@@ -157,6 +162,9 @@ pub const RingState = extern struct {
     used_index: u32,
     in_flight: u32,
     broken: u32,
+    /// Requests of an earlier run that have not been popped again yet.
+    to_resubmit: u32,
+    reserved: u32,
     /// The descriptor index or length that broke it.
     broken_value: u64,
     popped: u64,
@@ -346,7 +354,7 @@ comptime {
     std.debug.assert(@sizeOf(RegionInfo) == 40);
     std.debug.assert(@sizeOf(Translation) == 32);
     std.debug.assert(@sizeOf(RingConfig) == 64);
-    std.debug.assert(@sizeOf(RingState) == 40);
+    std.debug.assert(@sizeOf(RingState) == 48);
     std.debug.assert(@sizeOf(Request) == 48);
     std.debug.assert(@sizeOf(Segment) == 16);
     std.debug.assert(@sizeOf(IoRequest) == 48);

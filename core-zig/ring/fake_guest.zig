@@ -8,6 +8,7 @@ const memory = @import("../memory/memory.zig");
 const chain = @import("chain.zig");
 const rings = @import("ring.zig");
 const split = @import("split.zig");
+const inflight = @import("inflight.zig");
 const sys = linux.linux;
 const expect = std.testing.expect;
 const expectEqual = std.testing.expectEqual;
@@ -37,6 +38,8 @@ pub const Options = struct {
     gpas: [2]u64 = .{ low, high },
     /// `flag_ring_logged`.
     flags: u32 = 0,
+    /// Entries in an inflight region; 0 for none.
+    inflight_size: u32 = 0,
 };
 
 /// The driver: it writes guest memory through mappings of its own.
@@ -49,6 +52,10 @@ pub const Guest = struct {
     words: [8192]u32,
     /// avail.idx as last written.
     offered: u16,
+    /// The inflight region, as the front-end maps it; empty if there is none.
+    region: []align(std.heap.page_size_min) u8,
+    region_fd: i32,
+    inflight: u32,
 
     pub const descriptors = low;
     pub const available = low + 0x80000;
@@ -84,12 +91,47 @@ pub const Guest = struct {
             self.put(u16, used + 2, options.used_index);
             self.put(u16, available + 2, self.offered);
         }
+        try self.makeRegion();
         const config = self.ringConfig();
         var reason: u32 = undefined;
         const ring = rings.create(self.memory, &config, &reason);
         try expect(ring > 0);
         self.ring = @intCast(ring);
         return self;
+    }
+
+    fn makeRegion(self: *Guest) !void {
+        self.region = &.{};
+        self.region_fd = -1;
+        self.inflight = 0;
+        const size = self.options.inflight_size;
+        if (size == 0) return;
+        const is_packed = self.options.features & feature_packed != 0;
+        // The last of four queues.
+        const bytes = 4 * inflight.stride(size, is_packed);
+        self.region_fd = linux.result(sys.memfd_create("inflight", 0));
+        try expectEqual(0, sys.ftruncate(self.region_fd, @intCast(bytes)));
+        const raw = sys.mmap(null, bytes, .{ .READ = true, .WRITE = true }, .{ .TYPE = .SHARED }, self.region_fd, 0);
+        try expect(!linux.isError(raw));
+        self.region = @as([*]align(std.heap.page_size_min) u8, @ptrFromInt(raw))[0..bytes];
+        const handle = inflight.open(self.memory, self.region_fd, bytes, 0, 4, size, @intFromBool(is_packed));
+        try expect(handle > 0);
+        self.inflight = @intCast(handle);
+    }
+
+    /// The queue's part of the inflight region.
+    pub fn part(self: *Guest) []align(8) u8 {
+        return @alignCast(self.region[self.region.len / 4 * 3 ..]);
+    }
+
+    /// As a device that starts in the place of one that has gone.
+    pub fn restart(self: *Guest) i32 {
+        _ = rings.destroy(self.ring);
+        const config = self.ringConfig();
+        var reason: u32 = undefined;
+        const ring = rings.create(self.memory, &config, &reason);
+        if (ring > 0) self.ring = @intCast(ring);
+        return ring;
     }
 
     pub fn ringConfig(self: *Guest) layout.RingConfig {
@@ -105,11 +147,17 @@ pub const Guest = struct {
             .trailer_bytes = self.options.trailer_bytes,
             .flags = self.options.flags,
             .queue_index = 3,
+            .inflight = self.inflight,
         };
     }
 
     pub fn stop(self: *Guest) void {
         _ = rings.destroy(self.ring);
+        if (self.inflight != 0) {
+            _ = inflight.close(self.inflight);
+            _ = sys.munmap(self.region.ptr, self.region.len);
+            linux.closeQuietly(self.region_fd);
+        }
         closeMemory(self.memory);
         for (self.fds, self.bytes) |fd, bytes| {
             _ = sys.munmap(bytes, region_size);

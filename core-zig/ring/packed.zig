@@ -20,12 +20,29 @@ const chain = @import("chain.zig");
 const isWanted = @import("split.zig").isWanted;
 const Ring = @import("ring.zig").Ring;
 const Written = @import("written.zig").Written;
+const inflight = @import("inflight.zig");
+const PackedInflight = @import("packed_inflight.zig").PackedInflight;
 
 /// Further flags of a descriptor, and where each field is in its second word.
 pub const flag_available: u16 = 1 << 7;
 pub const flag_used: u16 = 1 << 15;
+/// They say in which lap a descriptor was written, and by whom.
+pub const lap_flags: u16 = flag_available | flag_used;
 const id_shift = 32;
 const flags_shift = 48;
+
+/// The second word of a descriptor.
+pub inline fn secondWord(flags: u16, id: u16, length: u32) u64 {
+    return @as(u64, flags) << flags_shift | @as(u64, id) << id_shift | length;
+}
+
+pub inline fn flagsOf(second: u64) u16 {
+    return @truncate(second >> flags_shift);
+}
+
+pub inline fn idOf(second: u64) u16 {
+    return @truncate(second >> id_shift);
+}
 
 /// Event suppression (2.8.10), one word: position and wrap counter, then flags.
 pub const event_enable: u32 = 0 << 16;
@@ -105,6 +122,8 @@ pub const Packed = struct {
     first_slot: u16 = undefined,
     first_word: u64 = undefined,
     is_disarmed: bool = false,
+    /// Where the front-end gave a region for it.
+    inflight: ?PackedInflight = null,
 
     pub fn init(pointers: [3][*]u8, start: u32) Packed {
         return .{
@@ -121,7 +140,25 @@ pub const Packed = struct {
         return true;
     }
 
+    /// Goes on where the region says that an earlier run ended: a front-end
+    /// whose back-end crashed cannot know.
+    pub fn track(self: *Packed, area: inflight.Area, size: u32) inflight.Error!void {
+        const tracker: PackedInflight = try .init(area, size, self.descriptors, self.used);
+        if (tracker.is_recovered) {
+            self.used = tracker.old_used;
+            self.outstanding = tracker.outstanding();
+            self.available = self.used.after(self.outstanding, size);
+        }
+        self.inflight = tracker;
+    }
+
+    /// Requests to pop before any new one.
+    pub fn toResubmit(self: *const Packed) u32 {
+        return if (self.inflight) |*tracker| tracker.pending() else 0;
+    }
+
     pub fn release(self: *Packed) void {
+        if (self.inflight) |*tracker| tracker.deinit();
         sync.allocator.free(self.lengths);
     }
 
@@ -145,11 +182,13 @@ pub const Packed = struct {
         // One read for length, id and flags: the driver writes the flags last.
         const word = @atomicLoad(u64, &self.descriptors[at.slot][1], order);
         const flags: u16 = @truncate(word >> flags_shift);
-        return if (flags & (flag_available | flag_used) == at.availableFlags()) word else null;
+        return if (flags & lap_flags == at.availableFlags()) word else null;
     }
 
     /// Pops into the batch until it is full, the ring empty or a rule broken.
+    /// Requests of an earlier run come first, and not together with new ones.
     pub inline fn take(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+        if (self.toResubmit() != 0) return self.retake(ring, batch, max);
         for (0..max) |_| {
             // Acquire: pairs with the driver's barrier before it stores the
             // flags of a chain's first descriptor; all else is read after it.
@@ -157,10 +196,12 @@ pub const Packed = struct {
             const left = ring.size - self.outstanding;
             if (left == 0) return batch.breach(layout.broken_available_index, self.available.slot);
             batch.begin();
+            if (self.inflight) |*tracker| tracker.beginChain();
             var id: u32 = undefined;
             const count = try self.walk(ring, batch, word, left, &id);
             try ring.requireFree(batch, id);
             try batch.finish(id, @truncate(ring.popped));
+            if (self.inflight) |*tracker| tracker.commit(@intCast(id));
             ring.own(batch, id);
             self.lengths[id] = @intCast(count);
             self.outstanding += count;
@@ -168,8 +209,39 @@ pub const Packed = struct {
         }
     }
 
+    /// Their descriptors are in the region and perhaps no longer in the ring;
+    /// `available` is behind them already.
+    noinline fn retake(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+        const tracker = &self.inflight.?;
+        for (0..@min(tracker.pending(), max)) |_| {
+            const resubmit = tracker.resubmits[tracker.resubmitted];
+            batch.begin();
+            try ring.requireFree(batch, resubmit.id);
+            for (tracker.copies[resubmit.first..][0..resubmit.count], 0..) |copy, i| {
+                const address, const second = copy;
+                const flags = flagsOf(second);
+                const has_more = i + 1 < resubmit.count;
+                if (flags & chain.flag_indirect != 0) {
+                    if (!ring.has_indirect or flags & chain.flag_next != 0 or resubmit.count != 1) {
+                        return batch.breach(layout.broken_indirect_refused, resubmit.id);
+                    }
+                    try chain.addOrderedIndirect(batch, address, @truncate(second), ring.size);
+                    break;
+                }
+                if ((flags & chain.flag_next != 0) != has_more) return batch.breach(layout.broken_next, resubmit.id);
+                try batch.add(.{ .address = address, .length = @truncate(second), .flags = flags, .next = 0 }, @intCast(i));
+            }
+            try batch.finish(resubmit.id, @truncate(ring.popped));
+            ring.own(batch, resubmit.id);
+            self.lengths[resubmit.id] = resubmit.count;
+            tracker.retake();
+        }
+    }
+
     /// The chain taken last is available again.
     pub inline fn untake(self: *Packed, ring: *Ring, id: u32) void {
+        // One of an earlier run has its place behind `available` already.
+        if (self.inflight) |*tracker| if (tracker.untake(@intCast(id))) return;
         const count = self.lengths[id];
         self.outstanding -= count;
         self.available = self.available.before(count, ring.size);
@@ -183,6 +255,7 @@ pub const Packed = struct {
         while (true) : (count += 1) {
             const address = @atomicLoad(u64, &self.descriptors[slot][0], .monotonic);
             const flags: u16 = @truncate(word >> flags_shift);
+            if (self.inflight) |*tracker| tracker.add(address, word);
             // It is the last one's that counts.
             id_out.* = @as(u16, @truncate(word >> id_shift));
             if (flags & chain.flag_indirect != 0) {
@@ -206,12 +279,18 @@ pub const Packed = struct {
         return self.lengths[id];
     }
 
+    /// The request is published next, by itself or in a run.
+    pub inline fn retire(self: *Packed, id: u32) void {
+        if (self.inflight) |*tracker| tracker.publish(@intCast(id));
+    }
+
     /// Writes a used descriptor; `announce` makes it visible.
     pub inline fn publish(self: *Packed, ring: *const Ring, id: u32, written: u32, steps: u32) void {
         const flags = self.used.usedFlags() | if (written != 0) chain.flag_write else 0;
-        const word = @as(u64, flags) << flags_shift | @as(u64, id) << id_shift | written;
+        const word = secondWord(flags, @intCast(id), written);
         if (self.has_first) {
             @atomicStore(u64, &self.descriptors[self.used.slot][1], word, .monotonic);
+            if (self.inflight != null) inflight.stored();
         } else {
             self.has_first = true;
             self.first_slot = self.used.slot;
@@ -225,11 +304,16 @@ pub const Packed = struct {
     pub inline fn announce(self: *Packed, _: u16) bool {
         if (!self.has_first) return false;
         self.has_first = false;
+        if (self.inflight) |*tracker| tracker.announce(self.used);
         // Release: the other used descriptors, and the data behind all of them,
         // before this one; pairs with the driver's barrier after it reads the
         // flags. Full: before the driver's wish is read; pairs with its barrier
         // between writing that and looking at the flags again.
         @atomicStore(u64, &self.descriptors[self.first_slot][1], self.first_word, .seq_cst);
+        if (self.inflight) |*tracker| {
+            inflight.stored();
+            tracker.settle(self.used);
+        }
         return true;
     }
 
@@ -268,7 +352,7 @@ pub const Packed = struct {
         // Full: the wish before the flags are read; pairs with the driver's
         // barrier between storing those and reading the wish.
         @atomicStore(u32, self.device_event, wish, .seq_cst);
-        return self.availableAt(self.available, .seq_cst) != null;
+        return self.availableAt(self.available, .seq_cst) != null or self.toResubmit() != 0;
     }
 
     /// Unlike the split ring's, an event that has passed comes again two laps

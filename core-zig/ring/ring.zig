@@ -15,6 +15,7 @@ const split = @import("split.zig");
 const packed_ring = @import("packed.zig");
 const dirty_log = @import("../memory/dirty_log.zig");
 const Written = @import("written.zig").Written;
+const inflight = @import("inflight.zig");
 const Handles = @import("../handles.zig").Handles;
 
 pub const size_maximum: u32 = 32768;
@@ -34,8 +35,9 @@ pub const HeadState = enum(u8) { free, in_flight, completed };
 pub const areas = 3;
 
 /// What is common to both formats. Each has `take` (pop), `publish` and
-/// `announce` (push), `arm`, `disarm`, `position`, `rewind` and `usedPosition`;
-/// `markUsed` and `markEvent` say in the dirty log what those have written.
+/// `announce` (push), `arm`, `disarm`, `position`, `rewind`, `usedPosition`,
+/// `track` and `toResubmit`; `markUsed` and `markEvent` say in the dirty log
+/// what those have written.
 pub const Ring = struct {
     format: union(enum) { split: split.Split, packed_ring: packed_ring.Packed },
     /// Stays valid while we hold views of it, also after its handle is dead.
@@ -43,6 +45,8 @@ pub const Ring = struct {
     size: u32,
     /// Where the areas are: held until `destroy`.
     views: [areas]u32,
+    /// Holds the region in which the format tracks what is in flight.
+    region: ?*inflight.Inflight = null,
     cache: memory.Cache = .{},
     /// Where the front-end may ask for a dirty log.
     log: ?*Written = null,
@@ -139,6 +143,7 @@ pub const Ring = struct {
                 self.oldest = if (self.oldest + 1 == self.size) 0 else self.oldest + 1;
                 self.ordered -= 1;
                 last = head;
+                format.retire(head);
                 steps += format.stepsOf(head);
                 if (self.written[head] != self.writable[head]) break;
             }
@@ -224,6 +229,14 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
             return linux.fail(.NOMEM);
         };
     }
+    if (config.inflight != 0) {
+        const refused = attach(ring, config, is_packed);
+        if (refused < 0) {
+            reason_out.* = layout.refuse_ring_inflight;
+            release(ring);
+            return refused;
+        }
+    }
     if (allocate(ring)) {
         if (rings.insert(ring)) |handle| return @intCast(handle);
     }
@@ -233,6 +246,22 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
 
 fn has(features: u64, bit: u6) bool {
     return features >> bit & 1 != 0;
+}
+
+/// Goes on where the inflight region says that the last run ended.
+fn attach(ring: *Ring, config: *const layout.RingConfig, is_packed: bool) i32 {
+    const region = inflight.acquire(config.inflight) orelse return linux.fail(.BADF);
+    ring.region = region;
+    const area = region.area(config.queue_index, ring.size, is_packed) orelse return linux.fail(.INVAL);
+    const tracked = switch (ring.format) {
+        inline else => |*format| format.track(area, ring.size),
+    };
+    tracked catch |failure| return switch (failure) {
+        error.Damaged => linux.fail(.UCLEAN),
+        error.OutOfMemory => linux.fail(.NOMEM),
+    };
+    // What was read since a fault may be zeros that nobody wrote.
+    return if (ring.memory.isUsable()) 0 else linux.fail(.FAULT);
 }
 
 fn allocate(ring: *Ring) bool {
@@ -257,9 +286,10 @@ fn release(ring: *Ring) void {
     sync.allocator.free(ring.written);
     if (ring.log) |log| log.destroy();
     switch (ring.format) {
-        .split => {},
-        .packed_ring => |*format| format.release(),
+        inline else => |*format| format.release(),
     }
+    // Last: it is what they write into.
+    if (ring.region) |region| region.release();
     sync.allocator.destroy(ring);
 }
 
@@ -267,7 +297,8 @@ fn release(ring: *Ring) void {
 /// i * stride, segments from word max * stride on. Returns how many, -EPROTO
 /// when the driver broke the ring, -EFAULT when the memory is gone. A request
 /// whose segments (the trailer's own included) do not fit behind those before
-/// it stays for the next call.
+/// it stays for the next call. What an earlier run left in the inflight region
+/// comes first, oldest first, in calls of its own.
 pub fn pop(handle: u32, words: [*]u32, word_count: u32, max: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
@@ -337,6 +368,7 @@ inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Compl
     } else {
         for (completions) |completion| {
             if (ring.log) |log| log.settle(completion.head);
+            format.retire(completion.head);
             format.publish(ring, completion.head, completion.written, format.stepsOf(completion.head));
         }
     }
@@ -384,6 +416,10 @@ pub fn state(handle: u32, state_out: *layout.RingState) callconv(.c) i32 {
             inline else => |*format| format.usedPosition(),
         },
         .in_flight = ring.in_flight,
+        .to_resubmit = switch (ring.format) {
+            inline else => |*format| format.toResubmit(),
+        },
+        .reserved = 0,
         .broken = ring.broken,
         .broken_value = ring.broken_value,
         .popped = ring.popped,
@@ -408,4 +444,6 @@ test {
     _ = @import("hostile_test.zig");
     _ = @import("packed_hostile_test.zig");
     _ = @import("in_order_test.zig");
+    _ = inflight;
+    _ = @import("inflight_test.zig");
 }

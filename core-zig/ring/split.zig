@@ -15,6 +15,8 @@ const layout = @import("../layout.zig");
 const chain = @import("chain.zig");
 const Ring = @import("ring.zig").Ring;
 const Written = @import("written.zig").Written;
+const inflight = @import("inflight.zig");
+const SplitInflight = @import("split_inflight.zig").SplitInflight;
 
 /// `avail.flags` and `used.flags`, both meaningless with EVENT_IDX.
 pub const flag_no_interrupt: u16 = 1;
@@ -81,6 +83,8 @@ pub const Split = struct {
     used: *Used,
     last_available: u16,
     used_index: u16,
+    /// Where the front-end gave a region for it.
+    inflight: ?SplitInflight = null,
 
     pub fn init(pointers: [3][*]u8, start: u32) Split {
         const used: *Used = @ptrCast(@alignCast(pointers[2]));
@@ -92,6 +96,24 @@ pub const Split = struct {
             // The driver may have been reset since: what it reads counts.
             .used_index = @atomicLoad(u16, &used.index, .acquire),
         };
+    }
+
+    /// Goes on where the region says that an earlier run ended.
+    pub fn track(self: *Split, area: inflight.Area, size: u32) inflight.Error!void {
+        const tracker: SplitInflight = try .init(area, size, self.used_index);
+        if (tracker.is_recovered) {
+            self.last_available = self.used_index +% @as(u16, @intCast(tracker.pending()));
+        }
+        self.inflight = tracker;
+    }
+
+    pub fn release(self: *Split) void {
+        if (self.inflight) |*tracker| tracker.deinit();
+    }
+
+    /// Requests to pop before any new one.
+    pub fn toResubmit(self: *const Split) u32 {
+        return if (self.inflight) |*tracker| tracker.pending() else 0;
     }
 
     /// As SET_VRING_BASE carries it.
@@ -109,7 +131,9 @@ pub const Split = struct {
     }
 
     /// Pops into the batch until it is full, the ring empty or a rule broken.
+    /// Requests of an earlier run come first, and not together with new ones.
     pub inline fn take(self: *Split, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+        if (self.toResubmit() != 0) return self.retake(ring, batch, max);
         // Acquire: pairs with the driver's barrier before it stores avail.idx;
         // heads and descriptors are read after it.
         const index = @atomicLoad(u16, &self.available.index, .acquire);
@@ -133,12 +157,29 @@ pub const Split = struct {
             try ring.requireFree(batch, head);
             try self.walk(ring, batch, head);
             try batch.finish(head, @truncate(ring.popped));
+            if (self.inflight) |*tracker| tracker.take(@intCast(head));
             ring.own(batch, head);
         }
     }
 
+    /// They are marked in the region already, and behind `last_available`.
+    noinline fn retake(self: *Split, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+        const tracker = &self.inflight.?;
+        for (0..@min(tracker.pending(), max)) |_| {
+            const head = tracker.resubmits[tracker.resubmitted];
+            batch.begin();
+            try ring.requireFree(batch, head);
+            try self.walk(ring, batch, head);
+            try batch.finish(head, @truncate(ring.popped));
+            ring.own(batch, head);
+            tracker.retake();
+        }
+    }
+
     /// The chain taken last is available again.
-    pub inline fn untake(self: *Split, _: *Ring, _: u32) void {
+    pub inline fn untake(self: *Split, _: *Ring, head: u32) void {
+        // One of an earlier run has its place behind `last_available` already.
+        if (self.inflight) |*tracker| if (tracker.untake(@intCast(head))) return;
         self.last_available -%= 1;
     }
 
@@ -166,6 +207,11 @@ pub const Split = struct {
         return 1;
     }
 
+    /// The request is published next, by itself or in a run.
+    pub inline fn retire(self: *Split, head: u32) void {
+        if (self.inflight) |*tracker| tracker.publish(@intCast(head));
+    }
+
     /// Writes a used element; `announce` makes it visible.
     pub inline fn publish(self: *Split, ring: *const Ring, head: u32, length: u32, steps: u32) void {
         self.used.ring()[self.used_index & (ring.size - 1)] = .{ .id = head, .length = length };
@@ -180,6 +226,10 @@ pub const Split = struct {
         // before the driver's wish is read; pairs with its barrier between
         // writing used_event (or flags) and looking at used.idx again.
         @atomicStore(u16, &self.used.index, self.used_index, .seq_cst);
+        if (self.inflight) |*tracker| {
+            inflight.stored();
+            tracker.settle(self.used_index);
+        }
         return true;
     }
 
@@ -221,7 +271,7 @@ pub const Split = struct {
         } else {
             @atomicStore(u16, &self.used.flags, 0, .seq_cst);
         }
-        return @atomicLoad(u16, &self.available.index, .seq_cst) != self.last_available;
+        return @atomicLoad(u16, &self.available.index, .seq_cst) != self.last_available or self.toResubmit() != 0;
     }
 
     /// With EVENT_IDX the event stays behind at an index that has passed,
