@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 539784697;
+export const abiHash = 885045381;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -64,6 +64,12 @@ export const functions = {
     symbol: "vhost2_memfd_resize",
     parameters: ["i32", "f64"],
     names: "fd, size",
+    result: "i32",
+  },
+  memfdSeal: {
+    symbol: "vhost2_memfd_seal",
+    parameters: ["i32"],
+    names: "fd",
     result: "i32",
   },
   fileOpen: {
@@ -360,6 +366,24 @@ export const functions = {
     names: "ring",
     result: "i32",
   },
+  inflightStride: {
+    symbol: "vhost2_inflight_stride",
+    parameters: ["u32", "u32"],
+    names: "queueSize, isPacked",
+    result: "i32",
+  },
+  inflightOpen: {
+    symbol: "vhost2_inflight_open",
+    parameters: ["u32", "i32", "u64", "u64", "u32", "u32", "u32"],
+    names: "memory, fd, size, offset, queueCount, queueSize, isPacked",
+    result: "i32",
+  },
+  inflightClose: {
+    symbol: "vhost2_inflight_close",
+    parameters: ["u32"],
+    names: "inflight",
+    result: "i32",
+  },
   ioCreate: {
     symbol: "vhost2_io_create",
     parameters: ["u32", "u32"],
@@ -494,17 +518,19 @@ export const layouts = {
     trailerBytes: 48,
     flags: 52,
     queueIndex: 56,
-    reserved: 60,
+    inflight: 60,
   },
   RingState: {
-    byteSize: 40,
+    byteSize: 48,
     lastAvailable: 0,
     usedIndex: 4,
     inFlight: 8,
     broken: 12,
-    brokenValue: 16,
-    popped: 24,
-    pushed: 32,
+    toResubmit: 16,
+    reserved: 20,
+    brokenValue: 24,
+    popped: 32,
+    pushed: 40,
   },
   Request: {
     byteSize: 48,
@@ -678,6 +704,7 @@ export const constants = {
   refuseRingAvailableArea: 3,
   refuseRingUsedArea: 4,
   refuseRingConfig: 5,
+  refuseRingInflight: 6,
   brokenNone: 0,
   brokenAvailableIndex: 1,
   brokenHead: 2,

@@ -104,8 +104,10 @@ export const Errno = {
   ENFILE: 23,
   EMFILE: 24,
   EPIPE: 32,
+  ENODATA: 61,
   EPROTO: 71,
   ENOTSOCK: 88,
   EADDRINUSE: 98,
   ECONNREFUSED: 111,
+  EUCLEAN: 117,
 } as const;

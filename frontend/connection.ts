@@ -20,6 +20,8 @@ import {
   memoryTable,
 } from "../protocol/memory_payloads.ts";
 import {
+  type InflightDescription,
+  inflightDescription,
   type LogDescription,
   u64Payload,
   type VringAddress,
@@ -236,6 +238,15 @@ export class FrontendConnection extends MessageSocket {
     await this.#notification(Request.SET_VRING_KICK, index, fd, options);
   }
 
+  /**
+   * The same at once: what is in flight stays recorded in the inflight region.
+   */
+  async skipDrain(index: number): Promise<number> {
+    const state = { index, num: 0 };
+    const id = Request.GET_VRING_BASE_SKIP_DRAIN;
+    return (await this.exchange(id, state)).num;
+  }
+
   /** `fd` null means that the driver polls. */
   async setVringCall(
     index: number,
@@ -346,6 +357,44 @@ export class FrontendConnection extends MessageSocket {
     await this.exchange(Request.SET_CONFIG, payload, options);
   }
 
+  /**
+   * A region for the back-end to track requests in. The descriptor is the
+   * caller's from here on.
+   */
+  async getInflightFd(
+    numQueues: number,
+    queueSize: number,
+  ): Promise<InflightWithFile> {
+    const id = Request.GET_INFLIGHT_FD;
+    const wanted = { mmapSize: 0n, mmapOffset: 0n, numQueues, queueSize };
+    const { payload, descriptors } = await this.request(
+      id,
+      inflightDescription.encode(wanted, plainWire),
+    );
+    try {
+      const description = this.#decode(id, inflightDescription, payload);
+      const fd = descriptors.take();
+      if (fd === undefined) {
+        throw this.brokenError(`reply to ${id}: no descriptor came`);
+      }
+      return { description, fd };
+    } finally {
+      descriptors.close();
+    }
+  }
+
+  /** Gives a region back; the descriptor stays the caller's. */
+  async setInflightFd(
+    { description, fd }: InflightWithFile,
+    options?: RequestOptions,
+  ): Promise<void> {
+    const fds = [fd];
+    await this.exchange(Request.SET_INFLIGHT_FD, description, {
+      ...options,
+      fds,
+    });
+  }
+
   async setStatus(status: number, options?: RequestOptions): Promise<void> {
     await this.exchange(Request.SET_STATUS, BigInt(status), options);
   }
@@ -370,6 +419,12 @@ export class FrontendConnection extends MessageSocket {
     if (decoded.ok) return decoded.value;
     throw this.brokenError(`reply to ${request}: ${decoded.reason}`);
   }
+}
+
+/** An inflight region: what it is, and the file that holds it. */
+export interface InflightWithFile {
+  readonly description: InflightDescription;
+  readonly fd: number;
 }
 
 /** A region's place in guest memory and the file that holds it. */

@@ -5,6 +5,7 @@
  * @module
  */
 
+import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { gpa, ringAddress } from "../protocol/address.ts";
 import {
@@ -16,7 +17,7 @@ import {
 import type { BackendMessage } from "../protocol/backend_request.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
 import { VRING_FLAG_LOG, type VringAddress } from "../protocol/payloads.ts";
-import { FrontendConnection } from "./connection.ts";
+import { FrontendConnection, type InflightWithFile } from "./connection.ts";
 import { DirtyLog } from "./dirty_log.ts";
 import {
   GuestRam,
@@ -45,6 +46,13 @@ export const supportedProtocolFeatures: bigint = featureMask(
   Protocol.RESET_DEVICE,
   Protocol.CONFIGURE_MEM_SLOTS,
   Protocol.STATUS,
+);
+
+/** What `recovers` adds to them. */
+const inflightFeatures = featureMask(
+  Protocol.INFLIGHT_SHMFD,
+  Protocol.GET_VRING_BASE_INFLIGHT,
+  Protocol.GET_VRING_BASE_SKIP_DRAIN,
 );
 
 /** Virtio features of the transport and the ring that it knows. */
@@ -86,6 +94,11 @@ export interface VhostUserDeviceOptions {
   readonly start?: boolean;
   /** Whether the drivers watch their calls; true unless given. */
   readonly usesCalls?: boolean;
+  /**
+   * Has the back-end track requests in an inflight region, so that `reconnect`
+   * loses none of them; the device must offer INFLIGHT_SHMFD.
+   */
+  readonly recovers?: boolean;
 }
 
 /** Which format the rings have. */
@@ -104,6 +117,15 @@ export interface LogOptions {
   readonly offset?: number;
 }
 
+/** How one queue is stopped. */
+export interface StopQueueOptions {
+  /**
+   * Stops at once by GET_VRING_BASE_SKIP_DRAIN: what is in flight stays so, and
+   * is resubmitted when the queue is started again.
+   */
+  readonly skipDrain?: boolean;
+}
+
 /** How one queue is started. */
 export interface StartQueueOptions {
   /** Where to go on; where the last stop ended unless given. */
@@ -116,7 +138,6 @@ export interface StartQueueOptions {
 
 /** An open device; its rings are split unless it was opened otherwise. */
 export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
-  readonly connection: FrontendConnection;
   readonly ram: GuestRam;
   /** Negotiated virtio features. */
   readonly features: bigint;
@@ -130,6 +151,9 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
   readonly #makeDriver: (queueSize: number) => Driver;
+  #connection: FrontendConnection;
+  #inflight: InflightWithFile | null = null;
+  readonly #options: VhostUserDeviceOptions & RingFormatOptions;
   readonly #ownsRam: boolean;
   readonly #acksAll: boolean;
   readonly #bases: number[];
@@ -143,7 +167,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   private constructor(
     connection: FrontendConnection,
     negotiated: Negotiated,
-    options: VhostUserDeviceOptions,
+    options: VhostUserDeviceOptions & RingFormatOptions,
     makeDriver: (ram: GuestRam, options: QueueDriverOptions) => Driver,
   ) {
     const queueCount = options.queueCount ?? 1;
@@ -153,7 +177,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
         `Cannot use ${queueCount} queues: the device has ${negotiated.maxQueueCount}`,
       );
     }
-    this.connection = connection;
+    this.#connection = connection;
+    this.#options = options;
     this.features = negotiated.features;
     this.protocolFeatures = negotiated.protocolFeatures;
     this.maxQueueCount = negotiated.maxQueueCount;
@@ -206,7 +231,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       device = new VhostUserDevice<QueueDriver>(
         connection,
         negotiated,
-        options,
+        { ...options, packed: isPacked },
         (ram, of) =>
           isPacked ? new PackedDriver(ram, of) : new SplitDriver(ram, of),
       );
@@ -219,6 +244,19 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       if (device !== undefined) device.#free();
       throw error;
     }
+  }
+
+  /** To the back-end; another one after `reconnect`. */
+  get connection(): FrontendConnection {
+    return this.#connection;
+  }
+
+  /**
+   * The region in which the back-end tracks requests, or null; the device's,
+   * and valid until it is reset or closed.
+   */
+  get inflight(): InflightWithFile | null {
+    return this.#inflight;
   }
 
   /** Whether acks are asked for on messages where QEMU does. */
@@ -251,6 +289,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   /** Sends features and memory; then queues can be started singly. */
   async activate(): Promise<void> {
     await this.#sendFeatures(this.#ackOfAll);
+    if (hasFeature(this.protocolFeatures, Protocol.INFLIGHT_SHMFD)) {
+      const { length } = this.queues;
+      const { queueSize } = this.queues[0];
+      this.#inflight ??= await this.connection.getInflightFd(length, queueSize);
+      await this.connection.setInflightFd(this.#inflight, this.#ackOfAll);
+    }
     await this.setStatusBits(
       DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK,
     );
@@ -285,6 +329,58 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   async removeRegion(region: RamRegion): Promise<void> {
     await this.connection.removeMemRegion(region, this.#ack);
     this.#sentRegions.delete(region);
+  }
+
+  /**
+   * Goes on with another back-end, in the place of one that has gone: the same
+   * features, memory and inflight region, and every queue that was started.
+   * Requests in flight stay so, and those that the other back-end had not
+   * completed are resubmitted by the new one if the device `recovers`;
+   * otherwise they are only where it completed in order.
+   *
+   * @param to where the back-end is; the path given to `open` unless given
+   */
+  async reconnect(
+    to: { readonly path?: string; readonly fd?: number } = {},
+  ): Promise<void> {
+    this.connection.close();
+    await this.connection.closed;
+    const fd = to.fd;
+    const path = to.path ?? this.#options.path;
+    if (fd === undefined && path === undefined) {
+      throw new Vhost2Error("OPTION", "Cannot reconnect: give path or fd");
+    }
+    this.#connection = fd !== undefined
+      ? FrontendConnection.fromFd(fd)
+      : await FrontendConnection.connect(path!);
+    this.#sentRegions.clear();
+    this.connection.onBackendRequest = (message) =>
+      this.#backendRequest(message);
+    const { features, protocolFeatures } = await negotiate(
+      this.connection,
+      this.#options,
+    );
+    if (
+      features !== this.features || protocolFeatures !== this.protocolFeatures
+    ) {
+      throw new Vhost2Error(
+        "OPTION",
+        "Cannot reconnect: this back-end offers other features",
+      );
+    }
+    await this.#prepare();
+    await this.activate();
+    const started = [...this.#started];
+    for (const index of started) {
+      const driver = this.queues[index];
+      // As QEMU does. It is right without a region where the back-end completes
+      // in order; a packed ring's base is known to nobody but the region.
+      const base = driver instanceof SplitDriver
+        ? driver.usedIndex
+        : this.#bases[index];
+      await this.startQueue(index, { base });
+    }
+    if (started.length > 0) await this.setStatusBits(DeviceStatus.DRIVER_OK);
   }
 
   /** The ring's parts as SET_VRING_ADDR carries them. */
@@ -388,9 +484,15 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
    * Disables and stops the queue: the back-end answers when nothing is in
    * flight any more. Returns the base, where the next start goes on.
    */
-  async stopQueue(index: number): Promise<number> {
+  async stopQueue(
+    index: number,
+    options: StopQueueOptions = {},
+  ): Promise<number> {
+    const { connection } = this;
     await this.enableQueue(index, false);
-    const base = await this.connection.getVringBase(index);
+    const base = options.skipDrain
+      ? await connection.skipDrain(index)
+      : await connection.getVringBase(index);
     this.#started.delete(index);
     this.#bases[index] = base;
     // What was completed last may have come without a call.
@@ -448,6 +550,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     if (hasFeature(this.protocolFeatures, Protocol.RESET_DEVICE)) {
       await this.connection.resetDevice(this.#ack);
     }
+    this.#dropInflight();
     this.queues.forEach((driver, index) => {
       driver.reset();
       this.#bases[index] = driver.firstBase;
@@ -494,7 +597,13 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     return 0n;
   }
 
+  #dropInflight(): void {
+    if (this.#inflight !== null) core.descriptorClose(this.#inflight.fd);
+    this.#inflight = null;
+  }
+
   #free(): void {
+    this.#dropInflight();
     for (const driver of this.queues) driver.close();
     this.#log?.close();
     if (this.#ownsRam) this.ram.close();
@@ -526,8 +635,16 @@ async function negotiate(
       (options.packed ? packed : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
-    protocolFeatures = await connection.getProtocolFeatures() &
-      (options.protocolFeatures ?? supportedProtocolFeatures);
+    const inflight = options.recovers ? inflightFeatures : 0n;
+    const offered = await connection.getProtocolFeatures();
+    if (options.recovers && !hasFeature(offered, Protocol.INFLIGHT_SHMFD)) {
+      throw new Vhost2Error(
+        "OPTION",
+        "Cannot recover requests: the device does not offer INFLIGHT_SHMFD",
+      );
+    }
+    protocolFeatures = offered &
+      ((options.protocolFeatures ?? supportedProtocolFeatures) | inflight);
     const ack = options.acksAll === true &&
       hasFeature(protocolFeatures, Protocol.REPLY_ACK);
     await connection.setProtocolFeatures(protocolFeatures, { ack });

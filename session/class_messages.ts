@@ -21,6 +21,9 @@ import { Refusal } from "./refusal.ts";
 export const declarableProtocolFeatures: bigint = featureMask(
   ProtocolFeature.INBAND_NOTIFICATIONS,
   ProtocolFeature.LOG_SHMFD,
+  ProtocolFeature.INFLIGHT_SHMFD,
+  ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+  ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
   ProtocolFeature.RARP,
   ProtocolFeature.NET_MTU,
   ProtocolFeature.CRYPTO_SESSION,

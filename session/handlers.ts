@@ -15,6 +15,7 @@ import * as config from "./handlers/config.ts";
 import * as deviceState from "./handlers/device_state.ts";
 import * as dirtyLog from "./handlers/dirty_log.ts";
 import * as features from "./handlers/features.ts";
+import * as inflight from "./handlers/inflight.ts";
 import * as lifecycle from "./handlers/lifecycle.ts";
 import * as memory from "./handlers/memory.ts";
 import * as postcopy from "./handlers/postcopy.ts";
@@ -60,6 +61,8 @@ export const handlers: Handlers = {
   [Id.POSTCOPY_ADVISE]: postcopy.advise,
   [Id.POSTCOPY_LISTEN]: postcopy.listen,
   [Id.POSTCOPY_END]: postcopy.end,
+  [Id.GET_INFLIGHT_FD]: inflight.getInflightFd,
+  [Id.SET_INFLIGHT_FD]: inflight.setInflightFd,
   [Id.RESET_DEVICE]: lifecycle.resetDevice,
   [Id.VRING_KICK]: vring.kick,
   [Id.GET_MAX_MEM_SLOTS]: memory.getMaxMemorySlots,
@@ -71,4 +74,5 @@ export const handlers: Handlers = {
   [Id.SET_DEVICE_STATE_FD]: deviceState.setDeviceStateFd,
   [Id.CHECK_DEVICE_STATE]: deviceState.checkDeviceState,
   [Id.GET_SHMEM_CONFIG]: shared.getSharedMemoryConfig,
+  [Id.GET_VRING_BASE_SKIP_DRAIN]: vring.getBaseSkipDrain,
 };

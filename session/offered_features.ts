@@ -26,6 +26,10 @@ const libraryMessages = featureMask(
   ProtocolFeature.INBAND_NOTIFICATIONS,
   // Only who processes the rings knows whether all writes are logged.
   ProtocolFeature.LOG_SHMFD,
+  // And only he can track requests in the inflight region.
+  ProtocolFeature.INFLIGHT_SHMFD,
+  ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+  ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
 );
 
 /** What decides which features a device is offered with. */

@@ -23,6 +23,7 @@ export interface QueueSetup {
   readonly isPolled: boolean;
   readonly isLogged: boolean;
   readonly memory: GuestMemory;
+  readonly inflight: number | null;
   logAddress(): Gpa | null;
   setHostNotifier(area: HostNotifier | null): Promise<void>;
   call(): void;
@@ -85,6 +86,19 @@ export class Queue {
   /** For `virtqueue/`: the memory in which the ring and its buffers are. */
   readonly memory: GuestMemory;
   /**
+   * For `virtqueue/`: the core's handle of the inflight region, in which the
+   * queue's part is that of `index`; null when nothing is tracked.
+   */
+  readonly inflight: number | null;
+  /**
+   * Set before `queueStop`: the front-end does not want to wait. What is in
+   * flight may stay so, recorded in the inflight region, if it is sure that
+   * nothing comes of it any more (`VirtqueueOptions.suspend`).
+   */
+  leavesInFlight = false;
+  /** By `virtqueue/`, when it has stopped: how many requests did stay so. */
+  leftInFlight = 0;
+  /**
    * Position in the available ring, free-running, 16 bits. With RING_PACKED
    * 32 bits: position (15) and wrap counter of what is available, then the
    * same of what is used. It is where to begin on start; the device keeps it
@@ -110,6 +124,7 @@ export class Queue {
     this.isLogged = setup.isLogged;
     this.addresses = setup.addresses;
     this.memory = setup.memory;
+    this.inflight = setup.inflight;
     this.availableIndex = setup.base;
   }
 

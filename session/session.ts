@@ -29,6 +29,7 @@ import { Device } from "./device.ts";
 import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
 import { InBandNotifications } from "./in_band.ts";
+import { InflightTracking } from "./inflight.ts";
 import { offeredProtocolFeatures } from "./offered_features.ts";
 import { Postcopy } from "./postcopy.ts";
 import { Queue } from "./queue.ts";
@@ -94,6 +95,7 @@ export class Session {
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
   readonly postcopy: Postcopy = new Postcopy(this.memory);
+  readonly inflight: InflightTracking = new InflightTracking(this);
   ops: TargetOps = {};
   /** Negotiated virtio features; null until SET_FEATURES. */
   ackedFeatures: bigint | null = null;
@@ -263,7 +265,8 @@ export class Session {
 
   async #destroy(): Promise<void> {
     this.#end.abort();
-    await this.stopQueues(() => true);
+    // The front-end may come back: better resubmitted then than failed now.
+    await this.stopQueues(() => true, true);
     await this.sequencer.insist(
       "deviceDestroy",
       () => this.ops.deviceDestroy?.(this.device),
@@ -279,6 +282,7 @@ export class Session {
     this.backendChannel = null;
     for (const vring of this.vrings) vring.close();
     this.postcopy.end(true);
+    this.inflight.forget();
     this.memory.close();
   }
 
@@ -296,13 +300,6 @@ export class Session {
       if (!vring.isReady || this.memory.state !== "ok") continue;
       const queue = this.#makeQueue(vring);
       if (queue === null) continue;
-      if (this.isInitOwed) {
-        await this.sequencer.call(
-          "deviceInit",
-          () => this.ops.deviceInit?.(this.device),
-        );
-        this.isInitOwed = false;
-      }
       await this.#start(vring, queue);
     }
   }
@@ -345,6 +342,7 @@ export class Session {
       },
       isPolled: vring.kick.kind === "polled",
       memory: this.memory,
+      inflight: this.inflight.handleOf(vring.index),
       setHostNotifier: (area) =>
         this.requests.send(
           BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG,
@@ -393,6 +391,13 @@ export class Session {
   }
 
   async #start(vring: Vring, queue: Queue): Promise<void> {
+    if (this.isInitOwed) {
+      await this.sequencer.call(
+        "deviceInit",
+        () => this.ops.deviceInit?.(this.device),
+      );
+      this.isInitOwed = false;
+    }
     vring.run = { kind: "starting", queue };
     try {
       await this.sequencer.call(
@@ -428,16 +433,25 @@ export class Session {
   }
 
   /** Stops each started queue for which `which` holds, one after the other. */
-  async stopQueues(which: (vring: Vring) => boolean): Promise<void> {
+  async stopQueues(
+    which: (vring: Vring) => boolean,
+    leavesInFlight = false,
+  ): Promise<void> {
     for (const vring of this.vrings) {
-      if (vring.run.kind === "started" && which(vring)) await this.stop(vring);
+      if (vring.run.kind === "started" && which(vring)) {
+        await this.stop(vring, leavesInFlight);
+      }
     }
   }
 
-  /** Stops one queue, if it runs, and keeps where it stopped. */
-  async stop(vring: Vring): Promise<void> {
+  /**
+   * Stops one queue, if it runs, and keeps where it stopped. Requests in flight
+   * complete first, or, where there is an inflight region, may be left there.
+   */
+  async stop(vring: Vring, leavesInFlight = false): Promise<void> {
     if (vring.run.kind !== "started") return;
     const { queue } = vring.run;
+    queue.leavesInFlight = leavesInFlight && queue.inflight !== null;
     vring.run = { kind: "stopping", queue };
     const isStopped = await this.sequencer.insist(
       "queueStop",
@@ -454,7 +468,21 @@ export class Session {
       ? queue.availableIndex >>> 0
       : queue.availableIndex & 0xffff;
     queue.markStopped();
+    vring.hasLeftInFlight = queue.inflight !== null && queue.leftInFlight > 0;
     vring.run = { kind: "stopped" };
+  }
+
+  /**
+   * Stops one queue with nothing in flight, also where an earlier stop (it was
+   * disabled) had left requests in the inflight region.
+   */
+  async drain(vring: Vring): Promise<void> {
+    await this.stop(vring);
+    if (!vring.hasLeftInFlight || !vring.isSetUp) return;
+    const queue = this.#makeQueue(vring);
+    if (queue === null || queue.inflight === null) return;
+    await this.#start(vring, queue);
+    await this.stop(vring);
   }
 
   configChanged(): void {

@@ -47,7 +47,9 @@ export interface DeviceOptions {
    * does not, but acks the feature); and LOG_SHMFD, without which QEMU migrates
    * no guest, where all that the device writes into the guest is logged: so
    * does `virtqueue/` (`virtqueueProtocolFeatures`); who writes by himself uses
-   * `device.markDirty` and `queue.markUsed`.
+   * `device.markDirty` and `queue.markUsed`. INFLIGHT_SHMFD and what builds on
+   * it (`recoveryProtocolFeatures`) are for devices that use `virtqueue/` and
+   * whose requests may be done twice.
    */
   readonly protocolFeatures?: bigint;
   /**
@@ -282,7 +284,7 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
   ) {
     throw new Vhost2Error(
       "OPTION",
-      `Cannot use protocolFeatures: ${protocolFeatures} (of RARP, NET_MTU, CRYPTO_SESSION, INBAND_NOTIFICATIONS and LOG_SHMFD; the library offers the others)`,
+      `Cannot use protocolFeatures: ${protocolFeatures} (of RARP, NET_MTU, CRYPTO_SESSION, INBAND_NOTIFICATIONS, LOG_SHMFD, INFLIGHT_SHMFD, GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN; the library offers the others)`,
     );
   }
   const wrongSizes = refusalOfSizes(options.sharedMemory ?? []);

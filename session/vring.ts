@@ -44,6 +44,8 @@ export class Vring {
   call: NotificationSink | null = null;
   error: NotificationSink | null = null;
   run: RunState = { kind: "stopped" };
+  /** The last stop left requests in the inflight region. */
+  hasLeftInFlight = false;
 
   constructor(index: number) {
     this.index = index;
@@ -51,7 +53,12 @@ export class Vring {
 
   /** Whether everything is set that a start needs, memory aside. */
   get isReady(): boolean {
-    return this.isEnabled && this.size > 0 && this.addresses !== null &&
+    return this.isEnabled && this.isSetUp;
+  }
+
+  /** The same for a ring that is disabled. */
+  get isSetUp(): boolean {
+    return this.size > 0 && this.addresses !== null &&
       this.kick.kind !== "none" && this.run.kind === "stopped";
   }
 

@@ -30,3 +30,18 @@ export const virtqueueFeatures: bigint = (1n << 28n) | (1n << 29n) |
  * guest can be migrated.
  */
 export const virtqueueProtocolFeatures: bigint = 1n << 1n;
+
+/**
+ * INFLIGHT_SHMFD (12), GET_VRING_BASE_INFLIGHT (20) and
+ * GET_VRING_BASE_SKIP_DRAIN (23) as a mask, for the `protocolFeatures` of a
+ * device that uses `virtqueue/`: requests are tracked in the front-end's
+ * inflight region, and after a crash the next process is given what this one
+ * had taken and not completed, oldest first. So each request must be one that
+ * may be done twice.
+ *
+ * With IN_ORDER, what is held back for an older request counts as not
+ * completed. A stop leaves requests to the region where the device can cancel
+ * them (`VirtqueueOptions.suspend`); otherwise it waits, as without 20 and 23.
+ */
+export const recoveryProtocolFeatures: bigint = (1n << 12n) | (1n << 20n) |
+  (1n << 23n);

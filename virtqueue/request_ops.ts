@@ -37,7 +37,7 @@ export interface RequestOps {
  */
 export function requestOps(
   handler: RequestHandler,
-  options: Omit<VirtqueueOptions, "process" | "expire"> = {},
+  options: Omit<VirtqueueOptions, "process" | "expire" | "suspend"> = {},
 ): RequestOps {
   const running = new Map<StartedQueue, Virtqueue>();
   const answer = (

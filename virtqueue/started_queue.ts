@@ -20,6 +20,12 @@ export interface StartedQueue {
   readonly isPolled: boolean;
   /** What is written for it may have to be logged (LOG_SHMFD). */
   readonly isLogged: boolean;
+  /** The core's handle of the inflight region; null when nothing is tracked. */
+  readonly inflight: number | null;
+  /** At a stop: requests in flight may stay recorded there. */
+  readonly leavesInFlight: boolean;
+  /** Set when it has stopped: how many requests did stay there. */
+  leftInFlight: number;
   availableIndex: number;
   call(): void;
   fail(reason: string): void;

@@ -7,7 +7,7 @@
 
 import { constants, layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
-import { check, Errno, errnoName } from "../ffi/errors.ts";
+import { check, Errno, errnoName, Vhost2Error } from "../ffi/errors.ts";
 import { type Batch, sharedBatch } from "./batch.ts";
 import { activate, deactivate, isActive, type Turn } from "./poller.ts";
 import { Request } from "./request.ts";
@@ -32,6 +32,16 @@ export interface VirtqueueOptions {
    * error. What is not is forgotten.
    */
   expire?(): void;
+  /**
+   * Called in place of the wait for open requests when the queue stops and they
+   * may stay recorded in the inflight region, to be given to the queue's next
+   * run, in this process or another. Cancels what can be cancelled (`signal` is
+   * aborted already) and resolves when nothing is done for any open request any
+   * more, neither in guest memory nor to what the device stores: a write that
+   * came later would undo newer ones. What has been completed by then is
+   * completed. Without it all requests are waited for.
+   */
+  suspend?(): Promise<void>;
   /** Readable bytes at the start of each request, copied out; 0 unless given. */
   readonly headerBytes?: number;
   /** 1: the last writable byte (a status) is kept apart; 0 unless given. */
@@ -93,6 +103,8 @@ const refusedFields: Record<number, (queue: StartedQueue) => string> = {
     `its device area at ${hex(addresses.used)}`,
   [constants.refuseRingConfig]: ({ availableIndex }) =>
     `its base ${hex(availableIndex)}, headerBytes or trailerBytes`,
+  [constants.refuseRingInflight]: ({ size }) =>
+    `its size of ${size}, which has no part in the inflight region`,
 };
 
 const stateWords = new DataView(new ArrayBuffer(layouts.RingState.byteSize));
@@ -130,7 +142,15 @@ export function createRing(
     true,
   );
   configWords.setUint32(field.queueIndex, queue.index, true);
+  configWords.setUint32(field.inflight, queue.inflight ?? 0, true);
   const result = core.ringCreate(queue.memory.handle, configWords, reasonOut);
+  if (result === -Errno.EUCLEAN) {
+    throw new Vhost2Error(
+      "PROTOCOL",
+      `Cannot process queue ${queue.index}: its inflight region is damaged`,
+      { errno: Errno.EUCLEAN },
+    );
+  }
   const action = `Cannot process queue ${queue.index}`;
   const refused = refusedFields[reasonOut[0]];
   return check(
@@ -384,30 +404,82 @@ export class Virtqueue implements Turn {
     clearTimeout(this.#pollTimer);
     deactivate(this);
     this.flush();
-    if (this.#inFlight > 0) await this.#drain();
+    const { suspend } = this.#options;
+    if (
+      this.queue.leavesInFlight && suspend !== undefined && !this.#hasFailed
+    ) {
+      if (this.#inFlight > 0) await this.#suspend(suspend);
+    } else {
+      // What an earlier run had taken is in flight too.
+      await this.#resubmitAll();
+      if (this.#inFlight > 0) await this.#drain();
+    }
     this.#end.abort();
     this.flush();
     this.#isOpen = false;
     this.queue.availableIndex = lastAvailable(this.#ring) ??
       this.queue.availableIndex;
+    this.queue.leftInFlight = this.#inFlight + this.#toResubmit;
     core.ringDestroy(this.#ring);
+  }
+
+  async #resubmitAll(): Promise<void> {
+    while (!this.#isBroken && this.#toResubmit > 0) {
+      if (this.#options.isCongested?.()) {
+        await new Promise((resolve) => setTimeout(resolve, idlePollMs));
+        continue;
+      }
+      try {
+        const count = this.popBatch();
+        if (count > 0) this.#options.process(count);
+      } catch (error) {
+        this.#fail(`its device failed: ${error}`);
+      }
+      this.flush();
+    }
+  }
+
+  get #toResubmit(): number {
+    if (
+      this.queue.inflight === null ||
+      core.ringState(this.#ring, stateWords) < 0
+    ) return 0;
+    return stateWords.getUint32(layouts.RingState.toResubmit, true);
+  }
+
+  async #suspend(suspend: () => Promise<void>): Promise<void> {
+    this.#end.abort();
+    if (await this.#inTime(suspend())) this.flush();
+    else this.#expire();
   }
 
   async #drain(): Promise<void> {
     // Nobody may know any more of what a device that failed has popped.
-    const { stopTimeoutMs = 30_000 } = this.#hasFailed
-      ? { stopTimeoutMs: 0 }
-      : this.#options;
-    let timer: ReturnType<typeof setTimeout> | undefined;
-    const isDrained = await new Promise<boolean>((resolve) => {
-      this.#drained = () => resolve(true);
-      timer = setTimeout(() => resolve(false), stopTimeoutMs);
-    });
-    clearTimeout(timer);
-    if (isDrained) return;
+    const drained = new Promise<void>((resolve) => this.#drained = resolve);
+    if (await this.#inTime(drained, this.#hasFailed ? 0 : undefined)) return;
     this.#end.abort();
     // The abort's listeners run first; what they complete is completed.
     await Promise.resolve();
+    this.#expire();
+  }
+
+  /** Whether `done` came before a stop waits no longer. */
+  async #inTime(
+    done: Promise<void>,
+    timeoutMs: number = this.#options.stopTimeoutMs ?? 30_000,
+  ): Promise<boolean> {
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    const late = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), timeoutMs);
+    });
+    try {
+      return await Promise.race([done.then(() => true), late]);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  #expire(): void {
     this.#options.expire?.();
     this.flush();
   }

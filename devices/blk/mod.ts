@@ -7,7 +7,10 @@
 import { Vhost2Error } from "../../ffi/errors.ts";
 import type { Device } from "../../session/device.ts";
 import type { TargetOps } from "../../session/target_ops.ts";
-import { virtqueueProtocolFeatures } from "../../virtqueue/mod.ts";
+import {
+  recoveryProtocolFeatures,
+  virtqueueProtocolFeatures,
+} from "../../virtqueue/mod.ts";
 import type { Backing } from "./backings/backing.ts";
 import { type DiskObject, objectBacking } from "./backings/object.ts";
 import {
@@ -79,7 +82,7 @@ export interface BlkOptions {
 export interface Blk {
   /** Virtio features that it offers. */
   readonly features: bigint;
-  /** Protocol features beside the library's: LOG_SHMFD, for migration. */
+  /** Protocol features beside the library's: for migration and crash recovery. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
   /** Makes the device of a front-end. */
@@ -242,7 +245,8 @@ export function blkDevice(options: BlkOptions): Blk {
     closed ??= (async () => await backing.close())();
   return {
     features: blkFeatures(geometry),
-    protocolFeatures: virtqueueProtocolFeatures,
+    // Reads, writes and the rest may all be done twice.
+    protocolFeatures: virtqueueProtocolFeatures | recoveryProtocolFeatures,
     queueCount: geometry.numQueues,
     device(device) {
       connected.add(device);

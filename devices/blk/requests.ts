@@ -82,6 +82,9 @@ export class RequestQueue implements BackingClient {
   readonly #written: Uint32Array<ArrayBuffer>;
   readonly #counters: Uint8Array<ArrayBuffer>;
   readonly #bytes: Float64Array<ArrayBuffer>;
+  /** Open requests that a suspension still waits for, and who waits. */
+  #unsettled = 0;
+  #settled: (() => void) | undefined;
 
   /**
    * Starts to process a queue.
@@ -114,6 +117,7 @@ export class RequestQueue implements BackingClient {
       process: (count) => this.#process(count),
       isCongested: () => this.#backing.isCongested,
       expire: () => this.#expire(),
+      suspend: () => this.#suspend(),
     });
     this.batch = this.#virtqueue.batch;
     try {
@@ -144,6 +148,8 @@ export class RequestQueue implements BackingClient {
   }
 
   report(error: Vhost2Error): void {
+    // What a suspension has cancelled has not failed.
+    if (this.#settled !== undefined) return;
     this.#session.report(error);
   }
 
@@ -347,7 +353,10 @@ export class RequestQueue implements BackingClient {
     if (this.#parts[head] === 0) return;
     if (status > this.#statuses[head]) this.#statuses[head] = status;
     if (--this.#parts[head] > 0) return;
-    this.#answer(head);
+    if (this.#settled === undefined) return this.#answer(head);
+    // Cancelled, or failed: the queue's next run does it again.
+    if (this.#statuses[head] === Status.OK) this.#answer(head);
+    if (--this.#unsettled === 0) this.#settled();
   }
 
   #answer(head: number): void {
@@ -371,8 +380,21 @@ export class RequestQueue implements BackingClient {
     this.#virtqueue.complete(head, written);
   }
 
+  /**
+   * Resolves when the backing is done with every open request: kernel I/O ends
+   * by itself, a user's object is asked to cancel. A write that were only
+   * forgotten could undo what the guest writes after its resubmission.
+   */
+  #suspend(): Promise<void> {
+    const settled = new Promise<void>((resolve) => this.#settled = resolve);
+    this.#unsettled = this.#parts.filter((count) => count > 0).length;
+    if (this.#unsettled === 0) this.#settled!();
+    return settled;
+  }
+
   /** The stopping queue waits no longer: all that is open fails. */
   #expire(): void {
+    this.#settled = undefined;
     for (let head = 0; head < this.#parts.length; head++) {
       if (this.#parts[head] === 0) continue;
       this.#parts[head] = 0;

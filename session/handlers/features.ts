@@ -24,6 +24,20 @@ const inBandNeeds = featureMask(
   ProtocolFeature.BACKEND_REQ,
   ProtocolFeature.REPLY_ACK,
 );
+/** What a feature is useless without, beside `inBandNeeds`. */
+const needs: readonly (readonly [ProtocolFeatureBit, bigint])[] = [
+  [
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+    featureMask(ProtocolFeature.INFLIGHT_SHMFD),
+  ],
+  [
+    ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
+    featureMask(
+      ProtocolFeature.INFLIGHT_SHMFD,
+      ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+    ),
+  ],
+];
 /** Why some features are never offered. */
 const reasons: readonly (readonly [ProtocolFeatureBit, string])[] = [
   [
@@ -58,6 +72,7 @@ export async function setFeatures(
   if (session.ackedFeatures !== null && (changed & packedMask) !== 0n) {
     // Size and base mean something else in the other format.
     for (const vring of session.vrings) vring.reset();
+    session.inflight.forget();
   }
   session.ackedFeatures = features;
   session.memory.log.setLogging(hasFeature(features, VirtioFeature.LOG_ALL));
@@ -92,6 +107,15 @@ export async function setProtocolFeatures(
     throw new Refusal(
       `INBAND_NOTIFICATIONS needs ${describeProtocolFeatures(missing)} too`,
     );
+  }
+  for (const [bit, needed] of needs) {
+    if (hasFeature(features, bit) && (needed & ~features) !== 0n) {
+      throw new Refusal(
+        `${describeProtocolFeatures(featureMask(bit))} needs ${
+          describeProtocolFeatures(needed & ~features)
+        } too`,
+      );
+    }
   }
   const changed = features ^ session.ackedProtocolFeatures;
   if ((changed & queueMask) !== 0n) await session.stopQueues(() => true);

@@ -25,6 +25,8 @@ export async function resetDevice(session: Session): Promise<void> {
   await session.stopQueues(() => true);
   for (const vring of session.vrings) vring.reset();
   session.memory.log.drop();
+  // What is tracked there belongs to the driver before the reset.
+  session.inflight.forget();
   session.sharedMemory.forget();
   session.status = 0;
 }

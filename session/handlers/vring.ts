@@ -1,5 +1,6 @@
-/** The vrings: messages 8-14, 18 and 35. */
+/** The vrings: messages 8-14, 18, 35 and 45. */
 
+import { hasFeature, ProtocolFeature } from "../../protocol/features.ts";
 import { VRING_FLAG_LOG } from "../../protocol/payloads.ts";
 import type {
   VringAddress,
@@ -94,13 +95,40 @@ export async function setBase(
   vring.forgetFailure();
 }
 
-/** Stops the ring; the answer is where it stopped, the same if asked again. */
-export async function getBase(
+/**
+ * Stops the ring; the answer is where it stopped, the same if asked again.
+ * What is in flight completes first, unless GET_VRING_BASE_INFLIGHT lets it
+ * stay in the inflight region and there is no message that says so.
+ */
+export function getBase(
+  session: Session,
+  state: VringState,
+): Promise<VringState> {
+  const features = session.ackedProtocolFeatures;
+  return stopAt(
+    session,
+    state,
+    hasFeature(features, ProtocolFeature.GET_VRING_BASE_INFLIGHT) &&
+      !hasFeature(features, ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN),
+  );
+}
+
+/** The same at once: what is in flight stays in the inflight region. */
+export function getBaseSkipDrain(
+  session: Session,
+  state: VringState,
+): Promise<VringState> {
+  return stopAt(session, state, true);
+}
+
+async function stopAt(
   session: Session,
   { index }: VringState,
+  leavesInFlight: boolean,
 ): Promise<VringState> {
   const vring = session.vrings[index];
-  await session.stop(vring);
+  if (leavesInFlight) await session.stop(vring, true);
+  else await session.drain(vring);
   vring.forgetSetup();
   return { index, num: vring.base ?? session.firstBase };
 }
@@ -165,7 +193,11 @@ export async function setEnable(
 ): Promise<void> {
   if (num > 1) throw new Refusal(`enable must be 0 or 1, not ${num}`);
   const vring = session.vrings[index];
-  if (num === 0) await session.stop(vring);
-  else if (!vring.isEnabled) vring.forgetFailure();
+  // QEMU disables a ring before it says how it is to be stopped.
+  if (num === 0) {
+    const features = session.ackedProtocolFeatures;
+    const feature = ProtocolFeature.GET_VRING_BASE_INFLIGHT;
+    await session.stop(vring, hasFeature(features, feature));
+  } else if (!vring.isEnabled) vring.forgetFailure();
   vring.isEnabled = num === 1;
 }

@@ -121,7 +121,11 @@ class ObjectQueue implements BackingQueue {
       this.#running++;
       let status: number = Status.OK;
       try {
-        if (this.#client.isOpen(head)) await work();
+        if (this.#client.isOpen(head)) {
+          // The queue stopped while it waited for its turn.
+          this.#client.signal.throwIfAborted();
+          await work();
+        }
       } catch (cause) {
         status = Status.IOERR;
         const reason = cause instanceof Error ? cause.message : String(cause);
@@ -180,6 +184,8 @@ class ObjectQueue implements BackingQueue {
     this.#run(head, `write ${length} bytes at ${offset}`, async () => {
       const { signal } = this.#client;
       for (let done = 0; done < length; done += maxTransfer) {
+        // What has not begun need not be done before a stop.
+        signal.throwIfAborted();
         const data = new Uint8Array(Math.min(maxTransfer, length - done));
         if (!this.#copy(head, segments, data, fromGuest)) return;
         await this.#object.write!(offset + done, data, signal);
