@@ -126,7 +126,7 @@ export class Recording {
   ops(device: Device, inner: TargetOps): TargetOps {
     this.devices.push(device);
     const { getConfig, setConfig, customMessage, getSharedObject } = inner;
-    const { transferState } = inner;
+    const { transferState, tracksInFlight } = inner;
     return {
       deviceCreate: () =>
         this.op(device, "deviceCreate", () => inner.deviceCreate?.(device)),
@@ -156,6 +156,7 @@ export class Recording {
         inner.queueKick?.(queue);
         this.signal.notify();
       },
+      ...(tracksInFlight && { tracksInFlight }),
       ...(getConfig && { getConfig }),
       ...(setConfig && { setConfig }),
       ...(getSharedObject && { getSharedObject }),
