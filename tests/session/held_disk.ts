@@ -17,7 +17,7 @@ import { withoutDescriptorLeak } from "../support/descriptors.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { Signal, within } from "../support/wait.ts";
 
-/** IN_ORDER as a mask: offered, and used by who asks for it. */
+/** IN_ORDER as a mask: offered to a client whose options ask for it. */
 export const inOrder = 1n << 35n;
 
 /** One call of the object's. */
@@ -134,7 +134,7 @@ export async function withHeldDisk(
         address: path,
         onError,
         ...blk,
-        features: blk.features | inOrder,
+        features: blk.features | ((options.features ?? 0n) & inOrder),
       });
       try {
         const client = await BlkClient.open({
