@@ -84,13 +84,14 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       numQueues: options.numQueues,
       onError: report,
     });
-    const { device, features, queueCount } = disk;
+    const { device, features, protocolFeatures, queueCount } = disk;
     const { promise: ended, resolve: end } = deferred();
     target = await registerTarget({
       transport: "vhost-user",
       address: options.address,
       connect: options.isConnecting,
       features,
+      protocolFeatures,
       queueCount,
       device(connected) {
         if (endsWithConnection) {

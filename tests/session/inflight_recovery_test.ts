@@ -7,7 +7,11 @@ import {
   RefusedError,
   supportedFeatures,
 } from "../../frontend/mod.ts";
-import { featureMask, ProtocolFeature, requestOps } from "../../mod.ts";
+import {
+  featureMask,
+  ProtocolFeature,
+  recoveryProtocolFeatures,
+} from "../../mod.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
 import {
@@ -30,19 +34,15 @@ test("a disk offers crash recovery, a device that says nothing of it does not", 
     const { connection } = client.device;
     assert.equal(await connection.getProtocolFeatures() & recovery, recovery);
   });
-  const isOffered = (tracksInFlight: boolean) =>
-    serving(
-      { device: () => ({ ...requestOps(() => 0), tracksInFlight }) },
-      async ({ path }) => {
-        using connection = await FrontendConnection.connect(path);
-        const offered = await connection.getProtocolFeatures() & recovery;
-        assert.equal(offered, tracksInFlight ? recovery : 0n);
-        connection.close();
-        await connection.closed;
-      },
-    );
-  await isOffered(false);
-  await isOffered(true);
+  for (const protocolFeatures of [0n, recoveryProtocolFeatures]) {
+    await serving({ protocolFeatures }, async ({ path }) => {
+      using connection = await FrontendConnection.connect(path);
+      const offered = await connection.getProtocolFeatures();
+      assert.equal(offered & recovery, protocolFeatures);
+      connection.close();
+      await connection.closed;
+    });
+  }
 });
 
 for (const { packed, format } of formats) {

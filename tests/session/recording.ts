@@ -126,7 +126,7 @@ export class Recording {
   ops(device: Device, inner: TargetOps): TargetOps {
     this.devices.push(device);
     const { getConfig, setConfig, customMessage, getSharedObject } = inner;
-    const { transferState, tracksInFlight } = inner;
+    const { transferState } = inner;
     return {
       deviceCreate: () =>
         this.op(device, "deviceCreate", () => inner.deviceCreate?.(device)),
@@ -156,7 +156,6 @@ export class Recording {
         inner.queueKick?.(queue);
         this.signal.notify();
       },
-      ...(tracksInFlight && { tracksInFlight }),
       ...(getConfig && { getConfig }),
       ...(setConfig && { setConfig }),
       ...(getSharedObject && { getSharedObject }),
