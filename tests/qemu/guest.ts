@@ -17,7 +17,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { guestCache } from "./cache.ts";
 import { buildInitramfs } from "./initramfs.ts";
-import { QmpConnection } from "./qmp.ts";
+import { QmpConnection, type QmpEvent } from "./qmp.ts";
 
 /** A vhost-user-blk disk of a guest. */
 export interface GuestDisk {
@@ -42,6 +42,8 @@ export interface GuestOptions {
   backends?: { crashed: Promise<Error> }[];
   /** Run by the guest; without it the firmware boots from a disk. */
   script?: string;
+  /** Waits to take over a running guest with the same options: migration.ts. */
+  incoming?: boolean;
   memoryMb?: number;
   cpus?: number;
   /** A guest that has not ended after this is ended; 200 s unless given. */
@@ -128,6 +130,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     args.push("-kernel", cache.kernel, "-initrd", initramfs);
     args.push("-append", COMMAND_LINE);
   }
+  if (options.incoming) args.push("-incoming", "defer");
   for (const disk of disks) {
     args.push("-chardev", chardevArgument(disk));
     args.push("-device", JSON.stringify(deviceProperties(disk)));
@@ -292,6 +295,11 @@ export class Guest {
   /** Runs a command of QEMU's control protocol. */
   qmp(command: string, args?: Record<string, unknown>): Promise<unknown> {
     return this.#control().execute(command, args);
+  }
+
+  /** Resolves with QEMU's next event that `matches`, given out once. */
+  qmpEvent(matches: (event: QmpEvent) => boolean): Promise<QmpEvent> {
+    return this.#control().event(matches);
   }
 
   /** Resets the machine: it starts anew with the same disks and script. */
