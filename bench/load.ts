@@ -8,7 +8,11 @@
 import { constants, layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { check } from "../ffi/errors.ts";
-import { type QueueDriver, VhostUserDevice } from "../frontend/mod.ts";
+import {
+  type DirtyLog,
+  type QueueDriver,
+  VhostUserDevice,
+} from "../frontend/mod.ts";
 import { featureMask, VirtioFeature } from "../protocol/features.ts";
 
 /** What to do, and how much of it. */
@@ -46,6 +50,8 @@ export interface LoadOptions {
   readonly queueSize?: number;
   /** A packed ring; a split one unless given. */
   readonly packed?: boolean;
+  /** Protocol features that are acked; all that are known unless given. */
+  readonly protocolFeatures?: bigint;
 }
 
 /** VIRTIO_BLK_F_FLUSH. */
@@ -58,6 +64,7 @@ export class LoadGenerator {
   readonly #sectors: bigint;
   readonly #data: bigint;
 
+  #log: DirtyLog | undefined;
   /** Where a packed ring goes on. */
   #position = 0x8000;
 
@@ -87,12 +94,23 @@ export class LoadGenerator {
       ramSize: 64 << 20,
       usesCalls: false,
       packed: options.packed ?? false,
+      protocolFeatures: options.protocolFeatures,
     });
     const config = await device.getConfig(0, 8);
     return new LoadGenerator(
       device,
       new DataView(config.buffer, config.byteOffset).getBigUint64(0, true),
     );
+  }
+
+  /** As a migration begins: all is logged; call `takeDirty` now and then. */
+  async startLog(): Promise<void> {
+    this.#log = await this.#device.startLog();
+  }
+
+  /** As a migration that looks at the log: how many pages were marked. */
+  takeDirty(): number {
+    return this.#log?.take().length ?? 0;
   }
 
   /** Blocks until the load is done. */

@@ -13,6 +13,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
+import { logRates } from "./dirty_log.ts";
 import { type Load, LoadGenerator } from "./load.ts";
 import { compare } from "./measure.ts";
 import {
@@ -244,6 +245,17 @@ try {
         show(packed, false),
         show(split, false),
         `${ratio.toFixed(2)}x`,
+      );
+    }
+  }
+  if ("dirty log".includes(filter)) {
+    print("", "no log", "log, off", "logging: ratio");
+    for (const row of await logRates(rounds, runMs)) {
+      print(
+        row.name,
+        show(row.without, false),
+        show(row.negotiated, false),
+        `${row.ratio.toFixed(2)}x`,
       );
     }
   }

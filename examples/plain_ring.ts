@@ -1,12 +1,15 @@
 // A device that processes its split ring itself, in plain TypeScript, with
 // nothing but what the low-level library gives: the ring's three areas as
 // views, `device.translate`, `queue.call` (virtio 1.3, section 2.7). It answers
-// each request with the bytes that came with it.
+// each request with the bytes that came with it. What it writes it also logs,
+// so that its guest can be migrated.
 //
 //   deno run --allow-ffi examples/plain_ring.ts /tmp/echo.sock
 import process from "node:process";
 import {
   type Device,
+  featureMask,
+  ProtocolFeature,
   type Queue,
   registerTarget,
   type Target,
@@ -69,11 +72,13 @@ class EchoDevice implements TargetOps {
       const at = usedRing + 2 * (usedIndex & (queue.size - 1));
       usedElements[at] = head;
       usedElements[at + 1] = written;
+      queue.markUsed(4 * at, 8);
       usedIndex = (usedIndex + 1) & 0xffff;
       queue.availableIndex = (queue.availableIndex + 1) & 0xffff;
     }
     // An atomic again: the elements must be there before the index says so.
     Atomics.store(used, idx, usedIndex);
+    queue.markUsed(2 * idx, 2);
     queue.call();
   }
 
@@ -92,7 +97,10 @@ class EchoDevice implements TargetOps {
         const view = this.#device.translate(address, length);
         if (view === null) return null;
         if ((flags & flagWrite) === 0) readable.push(view);
-        else written += fill(view, readable);
+        else {
+          written += fill(view, readable);
+          this.#device.markDirty(address, view.length);
+        }
         address += BigInt(view.length);
         length -= view.length;
       }
@@ -122,6 +130,7 @@ export function serveEcho(address: string): Promise<Target> {
     transport: "vhost-user",
     address,
     queueCount: 1,
+    protocolFeatures: featureMask(ProtocolFeature.LOG_SHMFD),
     device: (device) => new EchoDevice(device),
   });
 }

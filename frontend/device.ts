@@ -415,6 +415,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
    * Needs LOG_SHMFD.
    */
   async startLog(options: LogOptions = {}): Promise<DirtyLog> {
+    if (!hasFeature(this.protocolFeatures, Protocol.LOG_SHMFD)) {
+      throw new Vhost2Error(
+        "OPTION",
+        "Cannot log what the device writes: LOG_SHMFD is not negotiated",
+      );
+    }
     const end = this.ram.regions.reduce(
       (most, { gpa, size }) =>
         gpa + BigInt(size) > most ? gpa + BigInt(size) : most,

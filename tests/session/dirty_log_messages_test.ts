@@ -115,6 +115,14 @@ test("SET_LOG_BASE without LOG_SHMFD, or without a descriptor, is refused", asyn
   );
 });
 
+test("frontend: a log is refused where LOG_SHMFD is not negotiated", async () => {
+  await withGuest({}, async (guest) => {
+    await assert.rejects(guest.startLog(), { code: "OPTION" });
+    await guest.stopLog();
+    await guest.connection.barrier();
+  });
+});
+
 test("the log and its descriptors go with the connection, a new log with the old one's", async () => {
   await serving(
     { protocolFeatures: logShmfd, queueCount: 1 },

@@ -36,7 +36,11 @@ test("plain TypeScript is offered no ring feature that it has not asked for", as
     const offered = await guest.connection.getFeatures();
     assert.equal(
       offered,
-      featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES),
+      featureMask(
+        VirtioFeature.VERSION_1,
+        VirtioFeature.PROTOCOL_FEATURES,
+        VirtioFeature.LOG_ALL,
+      ),
     );
     assert.equal(
       hasFeature(guest.features, VirtioFeature.RING_EVENT_IDX),
@@ -84,4 +88,34 @@ test("plain TypeScript reads buffers that cross from one region to the next", as
       );
     },
   );
+});
+
+test("plain TypeScript logs what it writes, buffers and used ring", async () => {
+  await withPlainEcho(async (guest) => {
+    await guest.start();
+    const { used } = guest.queues[0].ring.addresses;
+    const log = await guest.startLog();
+    const address = guest.ram.allocate(3 * 4096, 4096);
+    guest.ram.write(address, Uint8Array.of(7));
+    const ask = () =>
+      within(
+        guest.queues[0].submitChain([
+          { address, length: 1, isWritable: false },
+          { address: address + 0x1fffn, length: 2, isWritable: true },
+        ]),
+        "the request",
+      );
+    const written = [address + 0x1000n, address + 0x2000n];
+    await ask();
+    const page = used & ~0xfffn;
+    assert.deepEqual(log.take(), [page, ...written]);
+    await guest.startLog({ rings: false });
+    await ask();
+    // A new log takes over what the one before had marked.
+    const rings = await guest.startLog({ buffers: false });
+    assert.deepEqual(rings.take(), written);
+    await ask();
+    assert.deepEqual(rings.take(), [page]);
+    await guest.stopLog();
+  });
 });
