@@ -28,6 +28,8 @@ export interface BlkArguments {
   readonly isConnecting: boolean;
   readonly isReadOnly: boolean;
   readonly isDirect: boolean;
+  /** Guests may be migrated here by postcopy. */
+  readonly hasPostcopy: boolean;
   readonly numQueues: number;
   readonly serial: string;
   /** Undefined: what the disk asks for. */
@@ -54,6 +56,7 @@ const blkOptions = {
   null: { type: "string" },
   "read-only": { type: "boolean" },
   direct: { type: "boolean" },
+  postcopy: { type: "boolean" },
   "num-queues": { type: "string" },
   serial: { type: "string" },
   "logical-block-size": { type: "string" },
@@ -98,6 +101,7 @@ function parseBlk(words: string[]): Command {
       isConnecting: values.connect ?? false,
       isReadOnly: values["read-only"] ?? false,
       isDirect: values.direct ?? false,
+      hasPostcopy: values.postcopy ?? false,
       numQueues: parseCount("num-queues", values["num-queues"] ?? "1", 1, 256),
       serial: values.serial ?? "",
       logicalBlockSize: blockSize === undefined

@@ -93,6 +93,7 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       features,
       protocolFeatures,
       queueCount,
+      postcopy: options.hasPostcopy,
       device(connected) {
         if (endsWithConnection) {
           connected.signal.addEventListener("abort", end);

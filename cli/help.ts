@@ -32,6 +32,7 @@ Options:
   --serial TEXT             serial number, at most 20 bytes
   --logical-block-size N    512 or 4096 (what the disk asks for, mostly 512)
   --direct                  past the host's page cache (O_DIRECT)
+  --postcopy                a guest may be migrated here by postcopy
   -v, --verbose             show each message, one line each, on stderr
   --print-capabilities      print what this program can do, as JSON, and end
   -h, --help                this text

@@ -29,6 +29,8 @@ export interface BackendOptions {
   disk: { file: string } | { memory: number } | { null: number };
   numQueues?: number;
   readOnly?: boolean;
+  /** Guests may be migrated to it by postcopy. */
+  postcopy?: boolean;
   serial?: string;
   /** Where to listen: that of an earlier back-end, to take its place. */
   socketPath?: string;
@@ -179,6 +181,7 @@ function ourCommand(options: BackendOptions, socketPath: string): string[] {
       : ["--null", String(disk.null)]),
     ...["--num-queues", String(options.numQueues ?? 1)],
     ...(options.readOnly ? ["--read-only"] : []),
+    ...(options.postcopy ? ["--postcopy"] : []),
     ...(options.serial === undefined ? [] : ["--serial", options.serial]),
   ];
 }

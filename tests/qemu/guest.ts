@@ -45,6 +45,8 @@ export interface GuestOptions {
   /** Waits to take over a running guest with the same options: migration.ts. */
   incoming?: boolean;
   memoryMb?: number;
+  /** Up to where memory can be added while the guest runs (`addMemory`). */
+  maxMemoryMb?: number;
   cpus?: number;
   /** A guest that has not ended after this is ended; 200 s unless given. */
   lifetimeMs?: number;
@@ -115,7 +117,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     // The disk verifier uses the crc32 instruction; rdrand saves the kernel
     // the second in which it collects randomness otherwise.
     ...["-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"],
-    ...["-smp", String(cpus), "-m", `${memoryMb}M`],
+    ...["-smp", String(cpus), "-m", memoryArgument(options)],
     "-object",
     `memory-backend-memfd,id=mem,size=${memoryMb}M,share=on`,
     ...["-chardev", "stdio,id=console,signal=off"],
@@ -329,6 +331,38 @@ export class Guest {
     await this.qmp("chardev-remove", { id: `${id}-socket` });
   }
 
+  /**
+   * Hot-plugs memory (`maxMemoryMb`); the guest brings it online some time
+   * after this resolves.
+   */
+  async addMemory(id: string, memoryMb: number): Promise<void> {
+    await this.qmp("object-add", {
+      "qom-type": "memory-backend-memfd",
+      id: `${id}-memory`,
+      size: memoryMb * (1 << 20),
+      share: true,
+    });
+    await this.qmp("device_add", {
+      driver: "pc-dimm",
+      id,
+      memdev: `${id}-memory`,
+    });
+  }
+
+  /**
+   * Hot-unplugs memory; resolves with whether the guest could let it go.
+   */
+  async removeMemory(id: string): Promise<boolean> {
+    await this.qmp("device_del", { id });
+    const { event } = await this.#control().event(({ event, data }) =>
+      data?.device === id &&
+      (event === "DEVICE_DELETED" || event.endsWith("UNPLUG_GUEST_ERROR"))
+    );
+    if (event !== "DEVICE_DELETED") return false;
+    await this.qmp("object-del", { id: `${id}-memory` });
+    return true;
+  }
+
   /** An error that says `what`, followed by the last lines of the console. */
   failure(what: string): Error {
     const last = this.lines.slice(-40).map((line) => `  | ${line}`);
@@ -386,6 +420,12 @@ function eachLine(
   stream.on("end", () => {
     if (rest !== "") take(rest);
   });
+}
+
+function memoryArgument({ memoryMb = 256, maxMemoryMb }: GuestOptions): string {
+  return maxMemoryMb === undefined
+    ? `${memoryMb}M`
+    : `${memoryMb}M,slots=4,maxmem=${maxMemoryMb}M`;
 }
 
 function chardevArgument(disk: GuestDisk): string {
