@@ -255,6 +255,39 @@ assertBreaks(
     publish(driver, [buffer, 0, NEXT, 1], [buffer, 0, WRITE, 0]),
 );
 
+assertBreaks(
+  "row 25: descriptors that are unmapped and without a byte, alone",
+  /a chain is empty/,
+  ({ driver }) =>
+    publish(driver, [unmapped, 0, NEXT, 1], [unmapped, 0, WRITE, 0]),
+);
+
+test("row 25: unmapped descriptors without a byte, among others, are not looked at", () =>
+  withBystander(async (world) => {
+    const device = await world.open();
+    const [driver] = device.queues;
+    const buffer = device.ram.allocate(1024);
+    device.ram.write(buffer, blkHeader(0));
+    device.ram.bytes(buffer + 600n, 1).fill(0xff);
+    const nothing = (isWritable: boolean) => ({
+      address: unmapped,
+      length: 0,
+      isWritable,
+    });
+    await driver.submitChain([
+      nothing(false),
+      { address: buffer, length: 16, isWritable: false },
+      nothing(false),
+      nothing(true),
+      { address: buffer + 64n, length: 512, isWritable: true },
+      { address: buffer + 600n, length: 1, isWritable: true },
+      nothing(true),
+    ]);
+    assert.equal(device.ram.bytes(buffer + 600n, 1)[0], 0);
+    assert.deepEqual(world.errors, []);
+    await device.close();
+  }));
+
 test("row 37: one head made available twice is processed once", () => {
   const requests = new Events<Request>();
   return withBystander(async (world) => {
