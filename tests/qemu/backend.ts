@@ -31,6 +31,8 @@ export interface BackendOptions {
   readOnly?: boolean;
   /** Guests may be migrated to it by postcopy. */
   postcopy?: boolean;
+  /** Prints each message. */
+  verbose?: boolean;
   serial?: string;
   /** Where to listen: that of an earlier back-end, to take its place. */
   socketPath?: string;
@@ -182,6 +184,7 @@ function ourCommand(options: BackendOptions, socketPath: string): string[] {
     ...["--num-queues", String(options.numQueues ?? 1)],
     ...(options.readOnly ? ["--read-only"] : []),
     ...(options.postcopy ? ["--postcopy"] : []),
+    ...(options.verbose ? ["--verbose"] : []),
     ...(options.serial === undefined ? [] : ["--serial", options.serial]),
   ];
 }

@@ -11,6 +11,16 @@ export interface MigrationResult {
   downtimeMs: number;
   /** How often QEMU went through the dirty pages. */
   passes: number;
+  /** Postcopy: pages that the destination had to ask for. */
+  requestedPages: number;
+}
+
+export interface MigrationOptions {
+  /**
+   * Lets the guest run on the other side as soon as it can, with its pages
+   * still to come.
+   */
+  postcopy?: boolean;
 }
 
 /**
@@ -22,24 +32,37 @@ export interface MigrationResult {
 export async function migrate(
   source: Guest,
   destination: Guest,
+  { postcopy = false }: MigrationOptions = {},
 ): Promise<MigrationResult> {
   const folder = mkdtempSync(join(tmpdir(), "vhost2-migration-"));
   try {
     const uri = `unix:${join(folder, "socket")}`;
-    const capabilities = [{ capability: "events", state: true }];
+    const capabilities = [
+      { capability: "events", state: true },
+      { capability: "postcopy-ram", state: postcopy },
+    ];
     for (const guest of [source, destination]) {
       await guest.qmp("migrate-set-capabilities", { capabilities });
     }
-    // As fast as it gets: what is measured is that nothing is lost.
-    await source.qmp("migrate-set-parameters", { "max-bandwidth": 8e9 });
+    // As fast as it gets: what is measured is that nothing is lost. But before
+    // postcopy begins only little is to have come.
+    await source.qmp("migrate-set-parameters", {
+      "max-bandwidth": postcopy ? 8e6 : 8e9,
+    });
     await destination.qmp("migrate-incoming", { uri });
     await source.qmp("migrate", { uri });
+    if (postcopy) {
+      await source.qmpEvent(({ event, data }) =>
+        event === "MIGRATION" && data?.status === "active"
+      );
+      await source.qmp("migrate-start-postcopy");
+    }
     const status = await ended(source);
     const report = await source.qmp("query-migrate") as {
       "error-desc"?: string;
       "total-time"?: number;
       downtime?: number;
-      ram?: { "dirty-sync-count"?: number };
+      ram?: { "dirty-sync-count"?: number; "postcopy-requests"?: number };
     };
     if (status === "failed") {
       throw source.failure(`The migration failed (${report["error-desc"]})`);
@@ -51,6 +74,7 @@ export async function migrate(
       totalMs: report["total-time"] ?? 0,
       downtimeMs: report.downtime ?? 0,
       passes: report.ram?.["dirty-sync-count"] ?? 0,
+      requestedPages: report.ram?.["postcopy-requests"] ?? 0,
     };
   } finally {
     rmSync(folder, { recursive: true, force: true });
