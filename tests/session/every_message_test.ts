@@ -88,6 +88,15 @@ const logged: ServeOptions = {
   ...usual,
   protocolFeatures: featureMask(ProtocolFeature.LOG_SHMFD),
 };
+/** Crash recovery, and what builds on it. */
+const recovery: ServeOptions = {
+  ...usual,
+  protocolFeatures: featureMask(
+    ProtocolFeature.INFLIGHT_SHMFD,
+    ProtocolFeature.GET_VRING_BASE_INFLIGHT,
+    ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
+  ),
+};
 const postcopy: ServeOptions = { ...usual, postcopy: true };
 
 /** What a message is sent with. */
@@ -129,6 +138,8 @@ class Scene {
 
 interface Recipe {
   readonly serve?: ServeOptions;
+  /** Protocol features acked; all that are offered unless given. */
+  readonly protocolFeatures?: bigint;
   /** The decoded payload; null unless given. */
   readonly payload?: (scene: Scene) => unknown;
   readonly fds?: (scene: Scene) => number[];
@@ -220,6 +231,8 @@ const recipes: Readonly<Record<FrontendRequestName, Recipe>> = {
       features: virtqueueFeatures |
         featureMask(VirtioFeature.ACCESS_PLATFORM),
     },
+    // With it the entry would lead to a guest address.
+    protocolFeatures: ~featureMask(ProtocolFeature.GPA_ADDRESSES),
     before: ({ guest }) => guest.sendMemory(),
     payload: ({ guest }) => ({
       iova: 0n,
@@ -256,6 +269,7 @@ const recipes: Readonly<Record<FrontendRequestName, Recipe>> = {
     reply: zero,
   },
   GET_INFLIGHT_FD: {
+    serve: recovery,
     payload: () => ({
       mmapSize: 0n,
       mmapOffset: 0n,
@@ -268,6 +282,7 @@ const recipes: Readonly<Record<FrontendRequestName, Recipe>> = {
     },
   },
   SET_INFLIGHT_FD: {
+    serve: recovery,
     before: askForInflight,
     payload: (scene) => inflight.get(scene)!.payload,
     fds: (scene) => [inflight.get(scene)!.fd],
@@ -309,6 +324,7 @@ const recipes: Readonly<Record<FrontendRequestName, Recipe>> = {
     },
   },
   GET_VRING_BASE_SKIP_DRAIN: {
+    serve: recovery,
     before: ({ guest }) => guest.connection.setVringBase(1, 5),
     payload: state(0),
     reply: (value: unknown) => assert.deepEqual(value, { index: 1, num: 5 }),
@@ -323,7 +339,8 @@ function withScene(
 ): Promise<void> {
   const serve = { ...usual, ...recipe.serve, ...options };
   const features = supportedFeatures | (serve.features ?? 0n);
-  const guest = { protocolFeatures: ~0n, features };
+  const { protocolFeatures = ~0n } = recipe;
+  const guest = { protocolFeatures, features };
   return withGuest({ ...serve, guest }, async (guest) => {
     const scene = new Scene(guest);
     try {
