@@ -26,6 +26,7 @@ import {
 } from "./peers.ts";
 import { formatRates } from "./formats.ts";
 import { guestRates } from "./guest.ts";
+import { netRates } from "./net.ts";
 
 const GiB = 2 ** 30;
 const rounds = 5;
@@ -268,6 +269,13 @@ try {
         `${(ours / theirs).toFixed(2)}x`,
       );
     }
+  }
+  let hasFrames = false;
+  for await (const row of netRates(filter, rounds)) {
+    if (!hasFrames) print("frames", "vhost2", "DPDK vhost", "ratio");
+    hasFrames = true;
+    const { name, ours, theirs, ratio } = row;
+    print(name, show(ours, false), show(theirs, false), `${ratio.toFixed(2)}x`);
   }
   if (filter === "" || filter === "verify") {
     console.log();
