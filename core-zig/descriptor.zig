@@ -55,6 +55,21 @@ pub fn duplicate(fd: i32) callconv(.c) i32 {
     return sys.result(linux.fcntl(fd, F_DUPFD_CLOEXEC, 3));
 }
 
+/// Tells files apart that have had the same number; negative errno.
+pub fn inode(fd: i32) callconv(.c) f64 {
+    var stat: linux.Statx = undefined;
+    const raw = linux.statx(fd, "", linux.AT.EMPTY_PATH, .{ .INO = true }, &stat);
+    if (sys.isError(raw)) return @floatFromInt(sys.result(raw));
+    return @floatFromInt(stat.ino & (1 << 53) - 1);
+}
+
+/// Makes `target`, an open number, name the same file as `fd`, in one step:
+/// another thread that writes to the number reaches the old file or the new.
+pub fn replace(fd: i32, target: i32) callconv(.c) i32 {
+    if (fd == target) return sys.fail(.INVAL);
+    return sys.result(linux.dup3(fd, target, @bitCast(linux.O{ .CLOEXEC = true })));
+}
+
 pub fn eventfdCreate() callconv(.c) i32 {
     return sys.result(linux.eventfd(0, linux.EFD.CLOEXEC | linux.EFD.NONBLOCK));
 }
@@ -169,4 +184,23 @@ test "sizes that are no whole number of bytes are refused" {
     try std.testing.expectEqual(null, sizeOf(std.math.nan(f64)));
     try std.testing.expectEqual(null, sizeOf(1e300));
     try std.testing.expectEqual(sys.fail(.INVAL), memfdCreate(-5));
+}
+
+test "a number that is replaced names the other file at once" {
+    const first = eventfdCreate();
+    defer sys.closeQuietly(first);
+    const second = eventfdCreate();
+    defer sys.closeQuietly(second);
+    const number = duplicate(first);
+    defer sys.closeQuietly(number);
+    try std.testing.expectEqual(number, replace(second, number));
+    const pair = [2]i32{ memfdCreate(1), memfdCreate(1) };
+    defer for (pair) |fd| sys.closeQuietly(fd);
+    try std.testing.expect(inode(pair[0]) > 0 and inode(pair[0]) != inode(pair[1]));
+    try std.testing.expectEqual(@as(f64, @floatFromInt(sys.fail(.BADF))), inode(-1));
+    signalOwn(number);
+    try std.testing.expectEqual(0, eventfdTake(first));
+    try std.testing.expectEqual(1, eventfdTake(second));
+    try std.testing.expectEqual(sys.fail(.BADF), replace(-1, number));
+    try std.testing.expectEqual(sys.fail(.INVAL), replace(number, number));
 }

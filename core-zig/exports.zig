@@ -34,11 +34,15 @@ pub const manifest = .{
     // The process: call `core_init` once per isolate, it counts nothing.
     .{ "core_hash", core_hash, "" },
     .{ "core_init", process.init, "" },
+    .{ "thread_id", process.threadId, "" },
+    .{ "thread_is_alive", process.threadIsAlive, "thread" },
 
     // Descriptors
     .{ "descriptor_close", descriptor.close, "fd" },
     .{ "descriptor_kind", descriptor.kind, "fd" },
     .{ "descriptor_duplicate", descriptor.duplicate, "fd" },
+    .{ "descriptor_inode", descriptor.inode, "fd" },
+    .{ "descriptor_replace", descriptor.replace, "fd target" },
     .{ "eventfd_create", descriptor.eventfdCreate, "" },
     .{ "eventfd_signal", descriptor.eventfdSignal, "fd" },
     .{ "eventfd_take", descriptor.eventfdTake, "fd" },

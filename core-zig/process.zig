@@ -19,6 +19,19 @@ fn panicNow(message: []const u8, _: ?usize) noreturn {
     linux.linux.exit_group(134);
 }
 
+/// The calling thread, as `thread_is_alive` knows it.
+pub fn threadId() callconv(.c) i32 {
+    return linux.linux.gettid();
+}
+
+/// Whether a thread of this process has not ended yet: 1 or 0.
+pub fn threadIsAlive(thread: i32) callconv(.c) i32 {
+    if (thread <= 0) return linux.fail(.INVAL);
+    const pid: usize = @intCast(linux.linux.getpid());
+    const raw = linux.linux.syscall3(.tgkill, pid, @intCast(thread), 0);
+    return @intFromBool(linux.linux.errno(raw) != .SRCH);
+}
+
 var lock: sync.Mutex = .{};
 var is_ready: bool = false;
 
@@ -50,4 +63,21 @@ fn pin() void {
     if (dladdr(@ptrCast(&init), &info) == 0) return;
     const name = info.file_name orelse return;
     _ = dlopen(name, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+test "a thread is alive until it has ended" {
+    const Seen = struct {
+        var id: std.atomic.Value(i32) = .init(0);
+        fn run(_: ?*anyopaque) callconv(.c) ?*anyopaque {
+            id.store(threadId(), .release);
+            return null;
+        }
+    };
+    try std.testing.expectEqual(1, threadIsAlive(threadId()));
+    const thread = sync.Thread.spawn(Seen.run, null).?;
+    thread.join();
+    const id = Seen.id.load(.acquire);
+    try std.testing.expect(id > 0 and id != threadId());
+    try std.testing.expectEqual(0, threadIsAlive(id));
+    try std.testing.expectEqual(linux.fail(.INVAL), threadIsAlive(0));
 }

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 885045381;
+export const abiHash = 61720159;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -16,6 +16,18 @@ export const functions = {
     symbol: "vhost2_core_init",
     parameters: [],
     names: "",
+    result: "i32",
+  },
+  threadId: {
+    symbol: "vhost2_thread_id",
+    parameters: [],
+    names: "",
+    result: "i32",
+  },
+  threadIsAlive: {
+    symbol: "vhost2_thread_is_alive",
+    parameters: ["i32"],
+    names: "thread",
     result: "i32",
   },
   descriptorClose: {
@@ -34,6 +46,18 @@ export const functions = {
     symbol: "vhost2_descriptor_duplicate",
     parameters: ["i32"],
     names: "fd",
+    result: "i32",
+  },
+  descriptorInode: {
+    symbol: "vhost2_descriptor_inode",
+    parameters: ["i32"],
+    names: "fd",
+    result: "f64",
+  },
+  descriptorReplace: {
+    symbol: "vhost2_descriptor_replace",
+    parameters: ["i32", "i32"],
+    names: "fd, target",
     result: "i32",
   },
   eventfdCreate: {

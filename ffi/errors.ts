@@ -111,3 +111,43 @@ export const Errno = {
   ECONNREFUSED: 111,
   EUCLEAN: 117,
 } as const;
+
+/** An error on its way to another isolate. */
+export interface ErrorMessage {
+  readonly name: string;
+  readonly message: string;
+  readonly stack: string | undefined;
+  readonly code: ErrorCode | undefined;
+  readonly errno: number | undefined;
+  readonly cause: ErrorMessage | undefined;
+}
+
+/** What can be sent of anything that was thrown. */
+export function errorToMessage(error: unknown): ErrorMessage {
+  const { name, message, stack, cause } = error instanceof Error
+    ? error
+    : new Error(String(error));
+  const own = error instanceof Vhost2Error ? error : undefined;
+  return {
+    name,
+    message,
+    stack,
+    code: own?.code,
+    errno: own?.errno,
+    cause: cause === undefined ? undefined : errorToMessage(cause),
+  };
+}
+
+/** The error as it was, with the stack of where it was thrown. */
+export function errorFromMessage(sent: ErrorMessage): Error {
+  const { name, message, stack, code, errno } = sent;
+  const cause = sent.cause && errorFromMessage(sent.cause);
+  const error = code === undefined
+    ? new Error(message, cause && { cause })
+    : new Vhost2Error(code, message, { cause, errno });
+  if (error.name !== name) {
+    Object.defineProperty(error, "name", { value: name });
+  }
+  Object.defineProperty(error, "stack", { value: stack });
+  return error;
+}

@@ -11,8 +11,10 @@
 
 import { Socket } from "node:net";
 import { constants, layouts } from "./abi.gen.ts";
+import { blocking } from "./blocking.ts";
 import { core } from "./core.ts";
 import { check, Vhost2Error } from "./errors.ts";
+import { Held, inodeTag, noteHeld, noteReleased } from "./held.ts";
 
 /** Called with the ready events, a mask of `EventFlag`. */
 export type ReadyHandler = (events: number) => void;
@@ -41,6 +43,7 @@ const eventWords = layouts.PollEvent.byteSize / 4;
 class EventLoop {
   #poll = 0;
   #socket: Socket | undefined;
+  #socketFd = -1;
   readonly #events = new Uint32Array(capacity * eventWords);
   /** By token. */
   readonly #handlers: (ReadyHandler | undefined)[] = [];
@@ -63,6 +66,9 @@ class EventLoop {
       core.pollCreate(fdOut),
       "Cannot make the poll set of the event loop",
     );
+    noteHeld(Held.poll, this.#poll);
+    noteHeld(Held.runtimeDescriptor, fdOut[0], inodeTag(fdOut[0]));
+    this.#socketFd = fdOut[0];
     const options = {
       fd: fdOut[0],
       readable: true,
@@ -103,9 +109,11 @@ class EventLoop {
     if (this.#poll === 0 || this.#references > 0 || this.#watchCount > 0) {
       return;
     }
+    noteReleased(Held.poll, this.#poll);
     core.pollClose(this.#poll);
     this.#poll = 0;
     this.#isQuiet = false;
+    noteReleased(Held.runtimeDescriptor, this.#socketFd);
     this.#socket?.destroy();
     this.#socket = undefined;
   }
@@ -194,7 +202,7 @@ class EventLoop {
         timeout = 0;
       }
       // Who signals faster than we handle must not keep the others out.
-      setImmediate(() => this.drain());
+      blocking.setImmediate(() => this.drain());
       return isAny;
     } finally {
       this.#isDraining = false;

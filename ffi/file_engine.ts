@@ -10,9 +10,11 @@
  */
 
 import { constants, layouts } from "./abi.gen.ts";
+import { blocking } from "./blocking.ts";
 import { core } from "./core.ts";
 import { check } from "./errors.ts";
 import { eventLoop, type Watch } from "./event_loop.ts";
+import { Held, noteHeld, noteReleased } from "./held.ts";
 
 /** What to do with the file. */
 export const FileOperation = {
@@ -108,6 +110,7 @@ export class FileEngine {
       core.ioDestroy(this.#io);
       throw error;
     }
+    noteHeld(Held.engine, this.#io);
     for (let tag = entries - 1; tag >= 0; tag--) {
       this.#clients[tag] = undefined;
       this.#cookies[tag] = 0;
@@ -131,6 +134,7 @@ export class FileEngine {
     if (--this.#users > 0) return;
     if (shared === this) shared = undefined;
     this.#watch.close();
+    noteReleased(Held.engine, this.#io);
     core.ioDestroy(this.#io);
   }
 
@@ -277,7 +281,7 @@ export class FileEngine {
         const isMoreDue = this.#waiting.length > 0 && this.#resubmit();
         if (count < reapCapacity && !isMoreDue) return;
       }
-      setImmediate(() => this.reap());
+      blocking.setImmediate(() => this.reap());
     } finally {
       this.#isReaping = false;
     }

@@ -122,7 +122,16 @@ function refusal(region: RegionDescription | undefined): string {
   }
 }
 
-/** The memory of one device. */
+/** A memory as other isolates attach to it: structured-cloneable. */
+export interface SharedMemoryHandle {
+  readonly handle: number;
+  readonly version: SharedArrayBuffer;
+}
+
+/**
+ * The memory of one device. One isolate keeps its table; others may attach to
+ * it, with views of their own, while the first counts them as holders.
+ */
 export class GuestMemory {
   /** The core's handle. */
   readonly handle: number;
@@ -137,8 +146,23 @@ export class GuestMemory {
   #isClosed = false;
   /** Called once when the memory faults under the device. */
   onFault: (() => void) | undefined;
+  /** Changes before the table does, and again after. */
+  readonly #version: Int32Array;
+  #seenVersion = 0;
+  /** Isolates that have views of their own. */
+  readonly holders = new Set<unknown>();
 
-  constructor() {
+  /** @param shared that of another isolate, to attach to */
+  constructor(shared?: SharedMemoryHandle) {
+    this.#version = new Int32Array(
+      shared?.version ?? new SharedArrayBuffer(4),
+    );
+    if (shared !== undefined) {
+      this.handle = shared.handle;
+      this.#stopWatching = () => {};
+      this.#isClosed = true;
+      return;
+    }
     this.handle = check(
       core.memoryCreate(eventLoop.handle),
       "Cannot make a guest memory",
@@ -152,8 +176,48 @@ export class GuestMemory {
     });
   }
 
+  /** For an isolate that is to attach to this memory. */
+  get shared(): SharedMemoryHandle {
+    const version = this.#version.buffer as SharedArrayBuffer;
+    return { handle: this.handle, version };
+  }
+
+  /**
+   * In an isolate that is attached: makes views of what was added since. To be
+   * called after each pop, which sees a new table at once. In the isolate that
+   * keeps the table there is never anything to do.
+   */
+  refresh(): void {
+    const version = Atomics.load(this.#version, 0);
+    if (version === this.#seenVersion || this.#isClosed) return;
+    this.#list(new Map(this.#regions.map((r) => [r.viewFirst, r])));
+    this.#seenVersion = version;
+  }
+
+  /** In an isolate that is attached and counted as a holder: makes views. */
+  attach(): void {
+    this.#isClosed = false;
+    this.#seenVersion = -1;
+    this.refresh();
+  }
+
+  /**
+   * In an isolate that is attached: empties all its views, before the memory
+   * may change. False where the runtime cannot (Node 20).
+   */
+  detach(): boolean {
+    let isDetached = true;
+    for (const region of this.#regions) {
+      isDetached = this.#empty(region) && isDetached;
+    }
+    this.#regions = Object.freeze([]);
+    this.#isClosed = true;
+    return isDetached;
+  }
+
   /** The published regions, in gpa order; a new frozen list at each change. */
   get regions(): readonly MappedRegion[] {
+    this.refresh();
     return this.#regions;
   }
 
@@ -235,15 +299,23 @@ export class GuestMemory {
    */
   commit(): void {
     const retired = new Uint32Array(constants.maxRegions);
+    // Twice: who lists the regions in between lists them again.
+    Atomics.add(this.#version, 0, 1);
     const count = check(
       core.memoryCommit(this.handle, retired, retired.length),
       "Cannot publish the memory table",
     );
+    this.#seenVersion = Atomics.add(this.#version, 0, 1) + 1;
     const old = new Map(this.#regions.map((r) => [r.viewFirst, r]));
     for (const viewFirst of retired.subarray(0, count)) {
       this.#release(viewFirst, old.get(viewFirst));
       old.delete(viewFirst);
     }
+    this.#list(old);
+  }
+
+  /** Takes over the published table; of `old` what is still there. */
+  #list(old: Map<number, MappedRegion>): void {
     const info = layouts.RegionInfo;
     const table = new DataView(
       new ArrayBuffer(constants.maxRegions * info.byteSize),
@@ -293,18 +365,23 @@ export class GuestMemory {
   }
 
   #release(viewFirst: number, region: MappedRegion | undefined): void {
-    let isDetached = canDetach;
-    if (region !== undefined) {
-      const count = Math.ceil(region.size / constants.viewSize);
-      for (let view = viewFirst; view < viewFirst + count; view++) {
-        this.views[view] = undefined;
-        this.dataViews[view] = undefined;
-      }
-      for (const buffer of region.buffers) {
-        isDetached = detach(buffer) && isDetached;
-      }
+    const isDetached = region === undefined ? canDetach : this.#empty(region);
+    // An isolate that could not be made to let go still has its views: zero
+    // pages stay there.
+    const isGone = isDetached && this.holders.size === 0;
+    core.memoryRelease(this.handle, viewFirst, isGone ? 1 : 0);
+  }
+
+  /** Empties this isolate's views of a region; false where it cannot. */
+  #empty({ viewFirst, size, buffers }: MappedRegion): boolean {
+    const end = viewFirst + Math.ceil(size / constants.viewSize);
+    for (let view = viewFirst; view < end; view++) {
+      this.views[view] = undefined;
+      this.dataViews[view] = undefined;
     }
-    core.memoryRelease(this.handle, viewFirst, isDetached ? 1 : 0);
+    let isDetached = canDetach;
+    for (const buffer of buffers) isDetached = detach(buffer) && isDetached;
+    return isDetached;
   }
 
   /** Where an address is, or null when it is not mapped. */
@@ -314,6 +391,7 @@ export class GuestMemory {
     length: number,
   ): Translation | null {
     if (this.#isClosed) return null;
+    this.refresh();
     const result = core.memoryTranslate(
       this.handle,
       spaces[space],
