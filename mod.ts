@@ -7,6 +7,11 @@
 // A target, and what a device implements.
 export { registerTarget, Target } from "./session/target.ts";
 export type { DeviceOptions, TargetOptions } from "./session/target.ts";
+export type {
+  DeviceFactory,
+  DeviceModule,
+  ModuleFactory,
+} from "./session/device_module.ts";
 export type { ClassMessage, CustomReply } from "./session/class_messages.ts";
 export type {
   CustomMessage,

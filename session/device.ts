@@ -54,8 +54,10 @@ export interface DeviceSession {
   readonly features: bigint;
   readonly startedQueues: readonly Queue[];
   readonly signal: AbortSignal;
-  readonly requests: BackendRequests;
-  readonly sharedMemory: SharedMemory;
+  readonly shared: SharedArrayBuffer;
+  report(error: Vhost2Error): void;
+  readonly requests: Pick<BackendRequests, "send" | "lookUp">;
+  readonly sharedMemory: Pick<SharedMemory, "map" | "unmap">;
   configChanged(): void;
 }
 
@@ -101,6 +103,20 @@ export class Device {
   /** Aborted when the front-end has gone. */
   get signal(): AbortSignal {
     return this.#session.signal;
+  }
+
+  /**
+   * Memory that this device has in common with its instances in Workers, zeros
+   * at first: `DeviceModule.sharedBytes` of it. By it they share what they have
+   * to: what `setConfig` has set, say.
+   */
+  get shared(): SharedArrayBuffer {
+    return this.#session.shared;
+  }
+
+  /** Tells the user (`onError`) what went wrong. */
+  report(error: Vhost2Error): void {
+    this.#session.report(error);
   }
 
   /**

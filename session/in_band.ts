@@ -35,6 +35,14 @@ export class InBandNotifications {
     this.#session = session;
   }
 
+  /** Whether calls and errors may be messages. */
+  get isNegotiated(): boolean {
+    return hasFeature(
+      this.#session.ackedProtocolFeatures,
+      ProtocolFeature.INBAND_NOTIFICATIONS,
+    );
+  }
+
   /** Used buffers: BACKEND_VRING_CALL. */
   call(vring: Vring): void {
     this.#notify(BackendRequest.BACKEND_VRING_CALL, vring);
@@ -46,11 +54,8 @@ export class InBandNotifications {
   }
 
   #notify(id: NotificationId, vring: Vring): void {
-    const { ackedProtocolFeatures, backendChannel } = this.#session;
-    if (
-      backendChannel === null ||
-      !hasFeature(ackedProtocolFeatures, ProtocolFeature.INBAND_NOTIFICATIONS)
-    ) return;
+    const { backendChannel } = this.#session;
+    if (backendChannel === null || !this.isNegotiated) return;
     const key = `${id} ${vring.index}`;
     if (this.#unread.has(key)) {
       this.#unread.set(key, true);

@@ -24,10 +24,24 @@ export interface QueueSetup {
   readonly isLogged: boolean;
   readonly memory: GuestMemory;
   readonly inflight: number | null;
+  readonly wires: QueueWires;
+  readonly runId?: number;
+  readonly pollMicroseconds?: number;
   logAddress(): Gpa | null;
   setHostNotifier(area: HostNotifier | null): Promise<void>;
   call(): void;
-  fail(reason: string): void;
+  fail(reason: string, cause?: unknown): void;
+}
+
+/** How driver and device notify each other, for a Worker that serves a queue. */
+export interface QueueWires {
+  /** The eventfd of the kick; null where there is none. */
+  readonly kickFd: number | null;
+  /**
+   * The eventfd of the call; "session" where `Queue.call` has to be called in
+   * the session's own isolate, null where the driver polls.
+   */
+  readonly call: () => number | "session" | null;
 }
 
 /** A doorbell that the guest's driver writes to directly. */
@@ -83,6 +97,14 @@ export class Queue {
   readonly isLogged: boolean;
   /** For `virtqueue/`: the ring's addresses. */
   readonly addresses: RingAddresses;
+  /** For `virtqueue/`: names this run, where a Worker serves it. */
+  readonly runId: number | undefined;
+  /** For `virtqueue/`: the target's, where it has one. */
+  readonly pollMicroseconds: number | undefined;
+  /** For a Worker that serves the queue. */
+  readonly wires: QueueWires;
+  /** For a Worker: told when the call or the log address has changed. */
+  onChanged: (() => void) | undefined;
   /** For `virtqueue/`: the memory in which the ring and its buffers are. */
   readonly memory: GuestMemory;
   /**
@@ -125,6 +147,9 @@ export class Queue {
     this.addresses = setup.addresses;
     this.memory = setup.memory;
     this.inflight = setup.inflight;
+    this.runId = setup.runId;
+    this.pollMicroseconds = setup.pollMicroseconds;
+    this.wires = setup.wires;
     this.availableIndex = setup.base;
   }
 
@@ -185,11 +210,13 @@ export class Queue {
    * Declares the ring broken: the reason is reported and the front-end told
    * through its error descriptor, once. The queue stays started, and idle,
    * until the front-end stops it.
+   *
+   * @param cause the error behind it, for whoever is told
    */
-  fail(reason: string): void {
+  fail(reason: string, cause?: unknown): void {
     if (!this.#isStarted || this.#isBroken) return;
     this.#isBroken = true;
-    this.#setup.fail(reason);
+    this.#setup.fail(reason, cause);
   }
 
   /** For the session: the queue has ended. */

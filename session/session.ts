@@ -54,6 +54,11 @@ export interface SessionOptions {
   readonly postcopy: boolean;
   readonly queueCount: number;
   readonly device: (device: Device) => TargetOps;
+  /** Bytes of `Device.shared`. */
+  readonly sharedBytes: number;
+  /** Workers wait for the kicks. */
+  readonly isServedElsewhere: boolean;
+  readonly pollMicroseconds: number | undefined;
   report(error: Vhost2Error, device: Device): void;
   /** Receives one line per message, when wanted. */
   readonly trace: ((line: string) => void) | undefined;
@@ -90,6 +95,7 @@ export class Session {
   readonly #close: () => void;
   /** The message after the one being handled, where somebody waits for it. */
   #next: Promise<Message | null> | undefined;
+  #shared: SharedArrayBuffer | undefined;
   readonly #inBand = new InBandNotifications(this);
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
@@ -161,6 +167,12 @@ export class Session {
 
   get signal(): AbortSignal {
     return this.#end.signal;
+  }
+
+  /** See `Device.shared`. */
+  get shared(): SharedArrayBuffer {
+    this.#shared ??= new SharedArrayBuffer(this.options.sharedBytes);
+    return this.#shared;
   }
 
   /** All rings are stopped: no writes, no calls, no messages of ours. */
@@ -343,6 +355,16 @@ export class Session {
       isPolled: vring.kick.kind === "polled",
       memory: this.memory,
       inflight: this.inflight.handleOf(vring.index),
+      pollMicroseconds: this.options.pollMicroseconds,
+      wires: {
+        kickFd: vring.kick.kind === "event" ? vring.kick.source.fd : null,
+        call: () =>
+          vring.call !== null
+            ? vring.call.fd ?? "session"
+            : this.#inBand.isNegotiated
+            ? "session"
+            : null,
+      },
       setHostNotifier: (area) =>
         this.requests.send(
           BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG,
@@ -361,12 +383,13 @@ export class Session {
         if (vring.call !== null) vring.call.signal();
         else this.#inBand.call(vring);
       },
-      fail: (reason) => {
+      fail: (reason, cause) => {
         this.#signalError(vring);
         this.report(
           new Vhost2Error(
             "RING",
             `Cannot go on with queue ${vring.index} of ${this.name}: ${reason}`,
+            { cause },
           ),
         );
       },

@@ -23,13 +23,21 @@ import {
 import { declarableProtocolFeatures } from "./class_messages.ts";
 import type { Device } from "./device.ts";
 import { openUserfault } from "./postcopy.ts";
+import {
+  type DeviceFactory,
+  type DeviceModule,
+  factoryOf,
+} from "./device_module.ts";
 import { isInsideOp } from "./sequencer.ts";
 import { Session } from "./session.ts";
 import { refusalOfSizes } from "./shared_memory.ts";
-import type { TargetOps } from "./target_ops.ts";
+import { WorkerPool } from "./workers/pool.ts";
 
 /** SET_VRING_KICK has 8 bits for the index. */
 const maxQueueCount = 256;
+/** More than a machine has processors is no use. */
+const maxWorkers = 256;
+const maxPollMicroseconds = 1_000_000;
 
 /** Options of `registerTarget`, beside those of the transport. */
 export interface DeviceOptions {
@@ -86,9 +94,23 @@ export interface DeviceOptions {
   readonly queueCount?: number;
   /**
    * Called once per front-end that connects; what it returns is the user's
-   * device.
+   * device. Or the module that exports such a function, which Workers need.
    */
-  readonly device: (device: Device) => TargetOps;
+  readonly device: DeviceFactory | DeviceModule;
+  /**
+   * How many Workers serve the queues; 0, the event loop of this thread, unless
+   * given. Each Worker makes an instance of each device, whose `queueStart`,
+   * `queueStop` and `queueKick` are called there, for the Worker's queues; all
+   * other ops are called here, on an instance of this thread's. `Device.shared`
+   * is common to the instances of a device.
+   */
+  readonly workers?: number;
+  /**
+   * Microseconds to go on looking at a queue after its last work, before its
+   * processor sleeps; 50 unless given. 0 saves processor time, more saves
+   * wake-ups.
+   */
+  readonly pollMicroseconds?: number;
   /**
    * Told what went wrong with a front-end, an op or the transport. Unless
    * given such errors are written to the console.
@@ -119,6 +141,8 @@ export class Target {
   readonly #sessions = new Map<Session, Promise<void>>();
   readonly #features: bigint;
   readonly #reports = new WeakMap<Device, number>();
+  #factory: DeviceFactory | undefined;
+  #pool: WorkerPool | undefined;
   #transport: Transport | undefined;
   #unregistered: Promise<void> | undefined;
 
@@ -137,7 +161,26 @@ export class Target {
   }
 
   /** For `registerTarget`. */
-  open(): void {
+  async open(): Promise<void> {
+    const { device, workers = 0 } = this.#options;
+    this.#factory = await factoryOf(device);
+    if (workers > 0) {
+      this.#pool = await WorkerPool.open({
+        targetName: this.name,
+        count: workers,
+        device: device as DeviceModule,
+        report: (error) => this.#report(error, null),
+      });
+    }
+    try {
+      this.#listen();
+    } catch (error) {
+      await this.#pool?.close();
+      throw error;
+    }
+  }
+
+  #listen(): void {
     eventLoop.ref();
     try {
       this.#transport = openTransport(this.#options, {
@@ -183,7 +226,10 @@ export class Target {
         sharedMemory: this.#options.sharedMemory ?? [],
         postcopy: this.#options.postcopy ?? false,
         queueCount: this.#options.queueCount ?? 1,
-        device: this.#options.device,
+        device: (device) => this.#makeDevice(device),
+        sharedBytes: sharedBytesOf(this.#options.device),
+        isServedElsewhere: this.#pool !== undefined,
+        pollMicroseconds: this.#options.pollMicroseconds,
         report: (error, device) => this.#report(error, device),
         trace: this.#options.trace,
       });
@@ -201,6 +247,11 @@ export class Target {
         this.#transport?.disconnected(connection);
       });
     this.#sessions.set(session, ended);
+  }
+
+  #makeDevice(device: Device) {
+    const ops = this.#factory!(device);
+    return this.#pool?.relay(device, ops) ?? ops;
   }
 
   /**
@@ -227,6 +278,7 @@ export class Target {
     while (this.#sessions.size > 0) {
       await Promise.all(this.#sessions.values());
     }
+    await this.#pool?.close();
     registered.delete(this.name);
     eventLoop.unref();
   }
@@ -234,6 +286,32 @@ export class Target {
   /** `await using target = await registerTarget(...)` unregisters it. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.unregister();
+  }
+}
+
+function sharedBytesOf(device: DeviceFactory | DeviceModule): number {
+  return typeof device === "function" ? 0 : device.sharedBytes ?? 0;
+}
+
+function checkWorkers(options: TargetOptions): void {
+  const { device, workers = 0, pollMicroseconds = 0 } = options;
+  const limits = [
+    ["workers", workers, maxWorkers],
+    ["pollMicroseconds", pollMicroseconds, maxPollMicroseconds],
+    ["sharedBytes", sharedBytesOf(device), 2 ** 30],
+  ] as const;
+  for (const [name, value, most] of limits) {
+    if (Number.isInteger(value) && value >= 0 && value <= most) continue;
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use ${name}: ${value} (a whole number from 0 to ${most})`,
+    );
+  }
+  if (workers > 0 && typeof device === "function") {
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use workers: ${workers} (the device is a function, which cannot travel to a Worker: name its module instead, device: { module })`,
+    );
   }
 }
 
@@ -257,7 +335,6 @@ export class Target {
  * if (target.devices.length !== 0) throw new Error("nobody has connected");
  * ```
  */
-// deno-lint-ignore require-await -- transports that come next need to await
 export async function registerTarget(options: TargetOptions): Promise<Target> {
   const { queueCount = 1, features = 0n } = options;
   if (
@@ -277,6 +354,7 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
       `Cannot use features: ${features} (a bigint of 64 bits)`,
     );
   }
+  checkWorkers(options);
   const { protocolFeatures = 0n } = options;
   if (
     typeof protocolFeatures !== "bigint" ||
@@ -303,7 +381,7 @@ export async function registerTarget(options: TargetOptions): Promise<Target> {
   const target = new Target(options, name);
   registered.set(name, target);
   try {
-    target.open();
+    await target.open();
   } catch (error) {
     registered.delete(name);
     throw error;

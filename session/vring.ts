@@ -78,8 +78,10 @@ export class Vring {
   }
 
   setCall(sink: NotificationSink | null): void {
-    this.call?.close();
+    const old = this.call;
     this.call = sink;
+    this.queue?.onChanged?.();
+    old?.close();
   }
 
   setError(sink: NotificationSink | null): void {

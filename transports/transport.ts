@@ -64,6 +64,8 @@ export interface KickSource {
 
 /** An open notification to the driver (call) or to the front-end (error). */
 export interface NotificationSink {
+  /** The eventfd, where the transport has one (a Worker signals it). */
+  readonly fd: number | null;
   /** Never blocks. */
   signal(): void;
   close(): void;
@@ -119,11 +121,14 @@ export interface Connection {
     message: Message,
     index: number,
   ): RegionDescription["source"];
-  /** Opens what SET_VRING_KICK gives; null when the front-end wants polling. */
+  /**
+   * Opens what SET_VRING_KICK gives; null when the front-end wants polling.
+   * Without `onKick` somebody else waits for its descriptor.
+   */
   openKick(
     queueIndex: number,
     descriptors: Descriptors,
-    onKick: () => void,
+    onKick: (() => void) | null,
   ): KickSource | null;
   /** Opens what SET_VRING_CALL gives; null when the driver polls. */
   openCall(

@@ -26,7 +26,11 @@ export interface StartedQueue {
   readonly leavesInFlight: boolean;
   /** Set when it has stopped: how many requests did stay there. */
   leftInFlight: number;
+  /** Names this run of the queue among all of the process, where it has to. */
+  readonly runId?: number;
+  /** Microseconds to look for more after the last work, where that is set. */
+  readonly pollMicroseconds?: number;
   availableIndex: number;
   call(): void;
-  fail(reason: string): void;
+  fail(reason: string, cause?: unknown): void;
 }

@@ -6,10 +6,18 @@
  */
 
 import { constants, layouts } from "../ffi/abi.gen.ts";
+import { blocking } from "../ffi/blocking.ts";
 import { core } from "../ffi/core.ts";
 import { check, Errno, errnoName, Vhost2Error } from "../ffi/errors.ts";
+import { Held, noteHeld, noteReleased } from "../ffi/held.ts";
 import { type Batch, sharedBatch } from "./batch.ts";
-import { activate, deactivate, isActive, type Turn } from "./poller.ts";
+import {
+  activate,
+  callLater,
+  deactivate,
+  isActive,
+  type Turn,
+} from "./poller.ts";
 import { Request } from "./request.ts";
 import type { StartedQueue } from "./started_queue.ts";
 
@@ -42,13 +50,22 @@ export interface VirtqueueOptions {
    * completed. Without it all requests are waited for.
    */
   suspend?(): Promise<void>;
+  /**
+   * Whether all requests in flight end by events of descriptors, as file I/O
+   * does: a Worker may then block until they come. Unless given, requests in
+   * flight are taken to wait for JavaScript: a timer, a promise, a fetch.
+   */
+  endsByEvents?(): boolean;
   /** Readable bytes at the start of each request, copied out; 0 unless given. */
   readonly headerBytes?: number;
   /** 1: the last writable byte (a status) is kept apart; 0 unless given. */
   readonly trailerBytes?: number;
   /** Requests per batch, at most; 64 unless given. */
   readonly maxBatch?: number;
-  /** Microseconds to look for more after the last work; 50 unless given. */
+  /**
+   * Microseconds to look for more after the last work; the target's, or 50,
+   * unless given.
+   */
   readonly pollMicroseconds?: number;
   /** Milliseconds that a stop waits for open requests; 30000 unless given. */
   readonly stopTimeoutMs?: number;
@@ -187,6 +204,8 @@ export class Virtqueue implements Turn {
   readonly #options: VirtqueueOptions;
   readonly #ring: number;
   readonly #end = new AbortController();
+  readonly #pollMicroseconds: number;
+  readonly #stopBlocking: () => void;
   /** Pairs of head and bytes written, not published yet. */
   readonly #completions: Uint32Array<ArrayBuffer>;
   #staged = 0;
@@ -213,7 +232,11 @@ export class Virtqueue implements Turn {
     this.#options = options;
     this.batch = sharedBatch(options.maxBatch ?? 64, options.headerBytes ?? 0);
     this.#ring = createRing(queue, options);
+    noteHeld(Held.ring, this.#ring, queue.runId);
     this.#completions = new Uint32Array(queue.size * 2);
+    this.#pollMicroseconds = options.pollMicroseconds ??
+      queue.pollMicroseconds ?? 50;
+    this.#stopBlocking = blocking.add(() => this.#needsJavaScript);
     core.ringDisarm(this.#ring);
     activate(this);
   }
@@ -223,7 +246,14 @@ export class Virtqueue implements Turn {
    * more use to him (a kernel thread that writes the file, say).
    */
   get pollMicroseconds(): number {
-    return this.#inFlight > 0 ? 0 : this.#options.pollMicroseconds ?? 50;
+    return this.#inFlight > 0 ? 0 : this.#pollMicroseconds;
+  }
+
+  /** Whether the isolate's event loop is needed to go on. */
+  get #needsJavaScript(): boolean {
+    if (this.#isStopping || this.#isFlushScheduled) return true;
+    if (this.#pollTimer !== undefined) return true;
+    return this.#inFlight > 0 && !this.#options.endsByEvents?.();
   }
 
   /** Requests popped and not completed. */
@@ -280,7 +310,7 @@ export class Virtqueue implements Turn {
       }
     } catch (error) {
       // A bug of the device's must not take the other queues' turns away.
-      this.#fail(`its device failed: ${error}`);
+      this.#fail(`its device failed: ${error}`, error);
     } finally {
       this.#isInTurn = false;
       if (this.#staged > 0) this.flush();
@@ -297,7 +327,10 @@ export class Virtqueue implements Turn {
       // Congested by others' requests, or no kick will come. Looking without
       // a pause would give a core away to whoever asks for it.
       clearTimeout(this.#pollTimer);
-      this.#pollTimer = setTimeout(() => activate(this), idlePollMs);
+      this.#pollTimer = setTimeout(() => {
+        this.#pollTimer = undefined;
+        activate(this);
+      }, idlePollMs);
       return true;
     }
     const result = core.ringArm(this.#ring);
@@ -321,6 +354,7 @@ export class Virtqueue implements Turn {
     );
     if (count > 0) {
       this.#inFlight += count;
+      this.queue.memory.refresh();
       return count;
     }
     if (count < 0) this.#break(count);
@@ -352,7 +386,7 @@ export class Virtqueue implements Turn {
     this.#completions[at + 1] = written;
     if (!this.#isInTurn && !this.#isFlushScheduled) {
       this.#isFlushScheduled = true;
-      queueMicrotask(this.#flushLater);
+      callLater(this.#flushLater);
     }
     return true;
   }
@@ -379,11 +413,11 @@ export class Virtqueue implements Turn {
     if (this.#isHeld && !this.#isInTurn && !this.#isStopping) activate(this);
   }
 
-  #fail(reason: string): void {
+  #fail(reason: string, cause?: unknown): void {
     if (this.#isBroken) return;
     this.#isBroken = true;
     this.#hasFailed = true;
-    this.queue.fail(reason);
+    this.queue.fail(reason, cause);
   }
 
   #break(errno: number): void {
@@ -420,6 +454,8 @@ export class Virtqueue implements Turn {
     this.queue.availableIndex = lastAvailable(this.#ring) ??
       this.queue.availableIndex;
     this.queue.leftInFlight = this.#inFlight + this.#toResubmit;
+    this.#stopBlocking();
+    noteReleased(Held.ring, this.#ring);
     core.ringDestroy(this.#ring);
   }
 
@@ -433,7 +469,7 @@ export class Virtqueue implements Turn {
         const count = this.popBatch();
         if (count > 0) this.#options.process(count);
       } catch (error) {
-        this.#fail(`its device failed: ${error}`);
+        this.#fail(`its device failed: ${error}`, error);
       }
       this.flush();
     }

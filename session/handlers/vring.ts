@@ -72,6 +72,7 @@ export async function setAddress(
     vring.index,
     (address.flags & VRING_FLAG_LOG) !== 0 ? address.log : null,
   );
+  vring.queue?.onChanged?.();
   vring.forgetFailure();
 }
 
@@ -142,7 +143,7 @@ export async function setKick(
   const source = session.connection.openKick(
     index,
     message.descriptors,
-    () => session.kick(vring),
+    session.options.isServedElsewhere ? null : () => session.kick(vring),
   );
   if (hasDescriptor && source === null) throw new Refusal("no descriptor came");
   try {

@@ -61,7 +61,7 @@ export class VhostUserConnection implements Connection {
   openKick(
     _queueIndex: number,
     descriptors: Descriptors,
-    onKick: () => void,
+    onKick: (() => void) | null,
   ): KickSource | null {
     return openKick(descriptors, onKick);
   }

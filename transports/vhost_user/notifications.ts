@@ -30,19 +30,22 @@ function takeEventfd(descriptors: Descriptors, use: string): number | null {
   );
 }
 
-/** Watches the eventfd of SET_VRING_KICK; null: the front-end wants polling. */
+/**
+ * Watches the eventfd of SET_VRING_KICK, unless somebody else does; null: the
+ * front-end wants polling.
+ */
 export function openKick(
   descriptors: Descriptors,
-  onKick: () => void,
+  onKick: (() => void) | null,
 ): KickSource | null {
   const fd = takeEventfd(descriptors, "kick");
   if (fd === null) return null;
   try {
-    const watch = eventLoop.watch(fd, onKick);
+    const watch = onKick === null ? null : eventLoop.watch(fd, onKick);
     return {
       fd,
       close() {
-        watch.close();
+        watch?.close();
         core.descriptorClose(fd);
       },
     };
@@ -61,6 +64,7 @@ export function openSink(
   if (fd === null) return null;
   let isOpen = true;
   return {
+    fd,
     signal() {
       if (isOpen) core.eventfdSignal(fd);
     },
