@@ -34,6 +34,9 @@ export interface BlkArguments {
   readonly serial: string;
   /** Undefined: what the disk asks for. */
   readonly logicalBlockSize: 512 | 4096 | undefined;
+  /** 0: the event loop. */
+  readonly workers: number;
+  readonly pollMicroseconds: number | undefined;
   readonly isVerbose: boolean;
 }
 
@@ -60,6 +63,8 @@ const blkOptions = {
   "num-queues": { type: "string" },
   serial: { type: "string" },
   "logical-block-size": { type: "string" },
+  workers: { type: "string" },
+  "poll-us": { type: "string" },
   verbose: { type: "boolean", short: "v" },
 } as const;
 
@@ -109,6 +114,10 @@ function parseBlk(words: string[]): Command {
         : blockSize === "512"
         ? 512
         : 4096,
+      workers: parseCount("workers", values.workers ?? "0", 0, 256),
+      pollMicroseconds: values["poll-us"] === undefined
+        ? undefined
+        : parseCount("poll-us", values["poll-us"], 0, 1_000_000),
       isVerbose: values.verbose ?? false,
     },
   };

@@ -94,11 +94,16 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       protocolFeatures,
       queueCount,
       postcopy: options.hasPostcopy,
-      device(connected) {
-        if (endsWithConnection) {
-          connected.signal.addEventListener("abort", end);
-        }
-        return device(connected);
+      workers: options.workers,
+      pollMicroseconds: options.pollMicroseconds,
+      device: {
+        ...device,
+        create(connected) {
+          if (endsWithConnection) {
+            connected.signal.addEventListener("abort", end);
+          }
+          return device.create(connected);
+        },
       },
       onError: report,
       trace: options.isVerbose

@@ -33,6 +33,8 @@ Options:
   --logical-block-size N    512 or 4096 (what the disk asks for, mostly 512)
   --direct                  past the host's page cache (O_DIRECT)
   --postcopy                a guest may be migrated here by postcopy
+  --workers N               threads that serve the queues; 0: the main one (0)
+  --poll-us N               microseconds to look for more before sleeping (50)
   -v, --verbose             show each message, one line each, on stderr
   --print-capabilities      print what this program can do, as JSON, and end
   -h, --help                this text

@@ -159,6 +159,7 @@ export class GuestMemory {
     );
     if (shared !== undefined) {
       this.handle = shared.handle;
+      this.log = new DirtyLog(this.handle);
       this.#stopWatching = () => {};
       this.#isClosed = true;
       return;

@@ -22,16 +22,19 @@ import { type BlkSession, RequestQueue } from "./requests.ts";
 export interface Disk {
   readonly geometry: BlkGeometry;
   readonly backing: Backing;
-  readonly counts: Float64Array<ArrayBuffer>;
+  readonly counts: Float64Array;
   readonly id: Uint8Array<ArrayBuffer>;
   readonly stopTimeoutMs: number | undefined;
   readonly pollMicroseconds: number | undefined;
   /** Whether a new front-end finds the disk in writeback mode. */
   readonly isWriteback: boolean;
-  /** In sectors of 512 bytes; a resize changes it. */
-  capacity: number;
+  /** One element, in sectors of 512 bytes; a resize changes it. */
+  readonly capacity: Float64Array;
   report(error: Vhost2Error, device: Device): void;
 }
+
+/** Bytes of `Device.shared`: an i32, whether writes are not stable at once. */
+export const sharedBytes = 4;
 
 const cacheFeatures = featureMask(BlkFeature.FLUSH, BlkFeature.CONFIG_WCE);
 
@@ -39,7 +42,7 @@ const cacheFeatures = featureMask(BlkFeature.FLUSH, BlkFeature.CONFIG_WCE);
 export class BlkDevice implements TargetOps, BlkSession {
   readonly geometry: BlkGeometry;
   readonly backing: Backing;
-  readonly counts: Float64Array<ArrayBuffer>;
+  readonly counts: Float64Array;
   readonly id: Uint8Array<ArrayBuffer>;
   readonly stopTimeoutMs: number | undefined;
   readonly pollMicroseconds: number | undefined;
@@ -48,7 +51,8 @@ export class BlkDevice implements TargetOps, BlkSession {
   readonly #ended: () => void;
   readonly #queues = new Map<Queue, RequestQueue>();
   #features: bigint | null = null;
-  #isWriteback: boolean;
+  /** In the memory of all instances: the one that is configured tells. */
+  readonly #writeback: Int32Array;
 
   /** `ended` is called when the front-end has gone. */
   constructor(device: Device, disk: Disk, ended: () => void) {
@@ -61,16 +65,25 @@ export class BlkDevice implements TargetOps, BlkSession {
     this.#disk = disk;
     this.#device = device;
     this.#ended = ended;
-    this.#isWriteback = disk.isWriteback;
+    this.#writeback = new Int32Array(device.shared);
   }
 
   get capacity(): number {
-    return this.#disk.capacity;
+    return this.#disk.capacity[0];
+  }
+
+  get #isWriteback(): boolean {
+    return this.#writeback[0] === 1;
   }
 
   /** Virtio 1.3, 5.2.6.2: when a write is stable as soon as it completes. */
   get isWriteThrough(): boolean {
     return !this.#isWriteback;
+  }
+
+  /** In the registering thread: as a new front-end finds the disk. */
+  deviceCreate(): void {
+    this.#setWriteback(this.#disk.isWriteback);
   }
 
   report(error: Vhost2Error): void {
@@ -83,8 +96,9 @@ export class BlkDevice implements TargetOps, BlkSession {
     this.#features = features;
     if (isSame) return;
     // Who cannot flush must not need to (5.2.5.2).
-    this.#isWriteback = this.#disk.isWriteback &&
-      hasFeature(features, BlkFeature.FLUSH);
+    this.#setWriteback(
+      this.#disk.isWriteback && hasFeature(features, BlkFeature.FLUSH),
+    );
   }
 
   queueStart(queue: Queue): void {
@@ -117,7 +131,7 @@ export class BlkDevice implements TargetOps, BlkSession {
     const at = configField.writeback - offset;
     if (reason === "migration") {
       // All of it comes back; the rest is what this disk says anyway.
-      if (at >= 0 && at < data.length) this.#setWriteback(data[at]);
+      if (at >= 0 && at < data.length) this.#configureWriteback(data[at]);
       return;
     }
     if (at !== 0 || data.length !== 1) {
@@ -132,16 +146,20 @@ export class BlkDevice implements TargetOps, BlkSession {
         "Cannot change the write cache: CONFIG_WCE was not negotiated",
       );
     }
-    this.#setWriteback(data[0]);
+    this.#configureWriteback(data[0]);
   }
 
-  #setWriteback(value: number): void {
+  #configureWriteback(value: number): void {
     if (value > 1) {
       throw new Vhost2Error(
         "PROTOCOL",
         `Cannot set the write cache: ${value} is neither 0 nor 1`,
       );
     }
-    this.#isWriteback = value === 1;
+    this.#setWriteback(value === 1);
+  }
+
+  #setWriteback(isWriteback: boolean): void {
+    Atomics.store(this.#writeback, 0, isWriteback ? 1 : 0);
   }
 }

@@ -6,6 +6,7 @@
 
 import { Vhost2Error } from "../../ffi/errors.ts";
 import type { Device } from "../../session/device.ts";
+import type { DeviceModule } from "../../session/device_module.ts";
 import type { TargetOps } from "../../session/target_ops.ts";
 import {
   recoveryProtocolFeatures,
@@ -19,14 +20,16 @@ import {
   capacityOf,
   sectorSize,
 } from "./config.ts";
-import { BlkDevice, type Disk } from "./device.ts";
+import { BlkDevice, type Disk, sharedBytes } from "./device.ts";
 import { idBytes } from "./requests.ts";
 import { BlkStatistics } from "./statistics.ts";
+import { type PortableDisk, portableModule } from "./portable.ts";
 
 export {
   type Backing,
   type BackingClient,
   type BackingQueue,
+  type PortableBacking,
   Status as BlkStatus,
 } from "./backings/backing.ts";
 export { fileBacking, type FileOptions } from "./backings/file.ts";
@@ -69,11 +72,15 @@ export interface BlkOptions {
   readonly maxRangeCount?: number;
   /** Milliseconds that a stop waits for open requests; 30000 unless given. */
   readonly stopTimeoutMs?: number;
-  /** Microseconds to look for more after the last work; 50 unless given. */
+  /**
+   * Microseconds to look for more after the last work; the target's
+   * `pollMicroseconds` unless given.
+   */
   readonly pollMicroseconds?: number;
   /**
    * Told why a request failed, where it was not the guest's fault. Unless
-   * given such errors are written to the console.
+   * given such errors are written to the console. Of requests that Workers
+   * serve the target's `onError` is told.
    */
   readonly onError?: (error: Vhost2Error, device: Device) => void;
 }
@@ -85,8 +92,8 @@ export interface Blk {
   /** Protocol features beside the library's: for migration and crash recovery. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
-  /** Makes the device of a front-end. */
-  readonly device: (device: Device) => TargetOps;
+  /** Makes the device of a front-end, in Workers too. */
+  readonly device: DeviceModule & { create(device: Device): TargetOps };
   /** What it has served. */
   readonly statistics: BlkStatistics;
   /** Bytes that the driver sees now. */
@@ -199,6 +206,19 @@ function encodeId(serial: string): Uint8Array<ArrayBuffer> {
  * });
  * if (disk.statistics.snapshot().requests !== 0) throw new Error(target.name);
  * ```
+ *
+ * @example Four queues in two Workers
+ * ```ts
+ * import { blkDevice, nullBacking, registerTarget } from "vhost2";
+ * await using disk = blkDevice({ backing: nullBacking(1 << 30), numQueues: 4 });
+ * await using target = await registerTarget({
+ *   transport: "vhost-user",
+ *   address: `${Deno.makeTempDirSync()}/disk.sock`,
+ *   ...disk,
+ *   workers: 2,
+ * });
+ * if (target.devices.length !== 0) throw new Error("nobody has connected");
+ * ```
  */
 export function blkDevice(options: BlkOptions): Blk {
   const backing = "openQueue" in options.backing
@@ -207,6 +227,9 @@ export function blkDevice(options: BlkOptions): Blk {
   const geometry = geometryOf(options, backing);
   const statistics = new BlkStatistics();
   const connected = new Set<Device>();
+  // Changed by a resize, here, and read by whoever serves the disk.
+  const capacity = new Float64Array(new SharedArrayBuffer(8));
+  capacity[0] = capacityOf(backing.size, geometry.logicalBlockSize);
   const disk: Disk = {
     geometry,
     backing,
@@ -215,7 +238,7 @@ export function blkDevice(options: BlkOptions): Blk {
     stopTimeoutMs: options.stopTimeoutMs,
     pollMicroseconds: options.pollMicroseconds,
     isWriteback: options.writeback ?? true,
-    capacity: capacityOf(backing.size, geometry.logicalBlockSize),
+    capacity,
     report(error, device) {
       try {
         if (options.onError === undefined) console.error(error.message);
@@ -226,17 +249,17 @@ export function blkDevice(options: BlkOptions): Blk {
     },
   };
   const resize = async (size: number) => {
-    const before = disk.capacity;
-    const capacity = capacityOf(size, geometry.logicalBlockSize);
+    const before = capacity[0];
+    const after = capacityOf(size, geometry.logicalBlockSize);
     // Nobody may reach beyond the backing, neither before nor after.
-    disk.capacity = Math.min(before, capacity);
+    capacity[0] = Math.min(before, after);
     try {
       await backing.resize(size);
     } catch (error) {
-      disk.capacity = before;
+      capacity[0] = before;
       throw error;
     }
-    disk.capacity = capacity;
+    capacity[0] = after;
     for (const device of connected) device.configChanged();
   };
   let resizing = Promise.resolve();
@@ -248,13 +271,36 @@ export function blkDevice(options: BlkOptions): Blk {
     // Reads, writes and the rest may all be done twice.
     protocolFeatures: virtqueueProtocolFeatures | recoveryProtocolFeatures,
     queueCount: geometry.numQueues,
-    device(device) {
-      connected.add(device);
-      return new BlkDevice(device, disk, () => connected.delete(device));
+    device: {
+      ...portableModule,
+      sharedBytes,
+      create(device) {
+        connected.add(device);
+        return new BlkDevice(device, disk, () => connected.delete(device));
+      },
+      get options(): PortableDisk {
+        if (backing.toPortable === undefined) {
+          throw new Vhost2Error(
+            "OPTION",
+            `Cannot serve this disk in Workers: its backing (${backing.name}) is of this isolate`,
+          );
+        }
+        const { id, stopTimeoutMs, pollMicroseconds, isWriteback } = disk;
+        return {
+          geometry,
+          id,
+          stopTimeoutMs,
+          pollMicroseconds,
+          isWriteback,
+          capacity,
+          counts: statistics.memory,
+          backing: backing.toPortable(),
+        };
+      },
     },
     statistics,
     get size() {
-      return disk.capacity * sectorSize;
+      return capacity[0] * sectorSize;
     },
     resize(size) {
       // One after the other, whether the one before worked or not.

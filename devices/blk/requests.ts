@@ -51,7 +51,7 @@ const twoTo32 = 2 ** 32;
 export interface BlkSession {
   readonly geometry: BlkGeometry;
   readonly backing: Backing;
-  readonly counts: Float64Array<ArrayBuffer>;
+  readonly counts: Float64Array;
   /** The serial, padded with zeros to `idBytes`. */
   readonly id: Uint8Array<ArrayBuffer>;
   readonly stopTimeoutMs: number | undefined;
@@ -118,6 +118,7 @@ export class RequestQueue implements BackingClient {
       isCongested: () => this.#backing.isCongested,
       expire: () => this.#expire(),
       suspend: () => this.#suspend(),
+      endsByEvents: () => this.#backing.endsByEvents,
     });
     this.batch = this.#virtqueue.batch;
     try {

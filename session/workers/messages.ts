@@ -55,6 +55,7 @@ export interface QueueMessage {
   readonly addresses: RingAddresses;
   readonly base: number;
   readonly isPolled: boolean;
+  readonly isLogged: boolean;
   readonly pollMicroseconds: number | undefined;
   /** Open until the Worker has let go of the queue. */
   readonly kickFd: number | null;

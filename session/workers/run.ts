@@ -74,6 +74,7 @@ export class QueueRun {
       addresses: queue.addresses,
       base: queue.availableIndex,
       isPolled: queue.isPolled,
+      isLogged: queue.isLogged,
       pollMicroseconds: queue.pollMicroseconds,
       kickFd: this.#kickFd,
       callFd: this.#callFd,

@@ -158,6 +158,7 @@ export class ServedQueue {
       usedRing: area("used"),
       base: message.base,
       isPolled: message.isPolled,
+      isLogged: message.isLogged,
       memory,
       runId: run,
       pollMicroseconds: message.pollMicroseconds,

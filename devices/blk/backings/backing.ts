@@ -38,6 +38,11 @@ export interface BackingQueue {
   readonly movesData: boolean;
   /** Whether there is work enough: no batch is begun while it is true. */
   readonly isCongested: boolean;
+  /**
+   * Whether all its requests end by events that a blocked Worker notices, and
+   * none by a promise or a timer.
+   */
+  readonly endsByEvents: boolean;
   read(
     head: number,
     offset: number,
@@ -71,6 +76,23 @@ export interface BackingQueue {
   close(): void;
 }
 
+/** A backing on its way to a Worker. */
+export type PortableBacking =
+  | { readonly kind: "null"; readonly size: number }
+  | {
+    readonly kind: "memory";
+    readonly bytes: SharedArrayBuffer;
+    readonly written: SharedArrayBuffer;
+  }
+  | {
+    readonly kind: "file";
+    readonly path: string;
+    /** The maker's; the Worker duplicates it. */
+    readonly fd: number;
+    readonly isReadOnly: boolean;
+    readonly use: { readonly alignment: number; readonly writeFlags: number };
+  };
+
 /** The place where a disk's bytes are, shared by all its queues. */
 export interface Backing {
   /** For people: "memory", or the file's path. */
@@ -83,6 +105,8 @@ export interface Backing {
   readonly canDiscard: boolean;
   readonly canWriteZeroes: boolean;
   openQueue(client: BackingClient): BackingQueue;
+  /** For Workers, where it can be served in several isolates at once. */
+  toPortable?(): PortableBacking;
   /** Makes room for another size; rejects when that cannot be. */
   resize(size: number): void | Promise<void>;
   /** After the last queue was closed. */

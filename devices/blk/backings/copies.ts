@@ -62,7 +62,7 @@ export class Copies {
    *
    * @returns false when guest memory has gone: nothing was copied then
    */
-  run(memory: GuestMemory, buffer: Uint8Array<ArrayBuffer>): boolean {
+  run(memory: GuestMemory, buffer: Uint8Array): boolean {
     const count = this.#count;
     this.#count = 0;
     if (count === 0) return true;

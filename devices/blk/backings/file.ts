@@ -14,6 +14,7 @@ import {
   FileFlag,
   FileOperation,
 } from "../../../ffi/file_engine.ts";
+import { Held, noteHeld, noteReleased } from "../../../ffi/held.ts";
 import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
 import { Status } from "./backing.ts";
 
@@ -47,6 +48,7 @@ class FileQueue implements BackingQueue, FileClient {
   // What the page cache has is copied while the engine submits.
   readonly movesData = true;
   readonly alignment: number;
+  readonly endsByEvents = true;
   readonly #client: BackingClient;
   readonly #file: OpenFile;
   readonly #engine = FileEngine.acquire();
@@ -283,11 +285,48 @@ export function fileBacking(path: string, options: FileOptions = {}): Backing {
     core.descriptorClose(fd);
     throw error;
   }
+  return backingOver(path, fd, size, isReadOnly, {
+    alignment: isDirect ? traits.alignment : 1,
+    writeFlags: traits.hasBlockingWrites && !isDirect ? FileFlag.threaded : 0,
+  });
+}
+
+/** How an open file is used. */
+export interface FileUse {
+  readonly alignment: number;
+  readonly writeFlags: number;
+}
+
+/**
+ * In a Worker: over a file that another isolate has open; under a number of
+ * its own, so that neither has to wait for the other's requests to close it.
+ */
+export function sharedFileBacking(
+  path: string,
+  fd: number,
+  isReadOnly: boolean,
+  use: FileUse,
+): Backing {
+  const own = check(
+    core.descriptorDuplicate(fd),
+    `Cannot open ${path} in a Worker`,
+  );
+  noteHeld(Held.descriptor, own);
+  return backingOver(path, own, 0, isReadOnly, use);
+}
+
+function backingOver(
+  path: string,
+  fd: number,
+  initialSize: number,
+  isReadOnly: boolean,
+  use: FileUse,
+): Backing {
+  let size = initialSize;
   const file: OpenFile = {
     path,
     fd,
-    alignment: isDirect ? traits.alignment : 1,
-    writeFlags: traits.hasBlockingWrites && !isDirect ? FileFlag.threaded : 0,
+    ...use,
     inFlight: 0,
     drained: undefined,
   };
@@ -302,6 +341,7 @@ export function fileBacking(path: string, options: FileOptions = {}): Backing {
     canDiscard: !isReadOnly,
     canWriteZeroes: !isReadOnly,
     openQueue: (client) => new FileQueue(client, file),
+    toPortable: () => ({ kind: "file", path, fd, isReadOnly, use }),
     resize(wanted) {
       const held = sizeOf(fd, path);
       if (wanted > held) {
@@ -325,6 +365,7 @@ export function fileBacking(path: string, options: FileOptions = {}): Backing {
       if (file.inFlight > 0) {
         await new Promise<void>((resolve) => file.drained = resolve);
       }
+      noteReleased(Held.descriptor, fd);
       core.descriptorClose(fd);
     },
   };

@@ -21,18 +21,39 @@ const stepSize = 1 << stepShift;
 const copies = new Copies();
 
 class Storage {
-  bytes: Uint8Array<ArrayBuffer>;
+  /** At least as many as the disk has. */
+  bytes: Uint8Array<SharedArrayBuffer>;
   /** 1 for each step that was written. */
-  written: Uint8Array<ArrayBuffer>;
+  written: Uint8Array<SharedArrayBuffer>;
+  /** Workers have it too: it stays where it is. */
+  isShared = false;
 
-  constructor(size: number) {
-    this.bytes = allocate(size);
-    this.written = new Uint8Array(Math.ceil(size / stepSize));
+  constructor(bytes: SharedArrayBuffer, written: SharedArrayBuffer) {
+    this.bytes = new Uint8Array(bytes);
+    this.written = new Uint8Array(written);
   }
 
-  resize(size: number): void {
-    const kept = Math.min(size, this.bytes.length);
-    const { bytes, written } = new Storage(size);
+  static ofSize(size: number): Storage {
+    return new Storage(
+      allocate(size),
+      new SharedArrayBuffer(Math.ceil(size / stepSize)),
+    );
+  }
+
+  resize(before: number, size: number): void {
+    if (size <= this.bytes.length) {
+      // What comes back later comes back as zeros.
+      if (size > before) this.zero(before, size - before);
+      return;
+    }
+    if (this.isShared) {
+      throw new Vhost2Error(
+        "OPTION",
+        `Cannot make a memory disk that Workers serve larger than ${this.bytes.length} bytes: ${size} (memoryBacking can be given a maxSize)`,
+      );
+    }
+    const kept = before;
+    const { bytes, written } = Storage.ofSize(size);
     for (let step = 0; step * stepSize < kept; step++) {
       if (this.written[step] === 0) continue;
       written[step] = 1;
@@ -63,9 +84,9 @@ class Storage {
   }
 }
 
-function allocate(size: number): Uint8Array<ArrayBuffer> {
+function allocate(size: number): SharedArrayBuffer {
   try {
-    return new Uint8Array(size);
+    return new SharedArrayBuffer(size);
   } catch (cause) {
     throw new Vhost2Error(
       "OPTION",
@@ -77,6 +98,8 @@ function allocate(size: number): Uint8Array<ArrayBuffer> {
 
 class MemoryQueue implements BackingQueue {
   readonly movesData = true;
+  // Long ones by `setImmediate`, which the isolate does not block before.
+  readonly endsByEvents = true;
   readonly #client: BackingClient;
   readonly #storage: Storage;
   readonly #slices: Slices;
@@ -183,27 +206,54 @@ class MemoryQueue implements BackingQueue {
 
 /**
  * A disk of `size` bytes in memory, all zeros at first. A resize copies what
- * was written.
+ * was written, unless there is room for it already.
  *
  * @param size bytes, a multiple of the logical block
+ * @param options `maxSize`: bytes that it may come to have while Workers serve
+ * it; what is not used takes no memory
  * @throws Vhost2Error OPTION when the runtime gives no such buffer (Node 20
  * ends at 4 GiB)
  */
-export function memoryBacking(size: number): Backing {
-  const storage = new Storage(size);
+export function memoryBacking(
+  size: number,
+  options: { readonly maxSize?: number } = {},
+): Backing {
+  const room = Math.max(size, options.maxSize ?? 0);
+  return backingOver(Storage.ofSize(room), size);
+}
+
+/** In a Worker: over memory that another isolate has made. */
+export function sharedMemoryBacking(
+  bytes: SharedArrayBuffer,
+  written: SharedArrayBuffer,
+): Backing {
+  return backingOver(new Storage(bytes, written), bytes.byteLength);
+}
+
+function backingOver(storage: Storage, size: number): Backing {
+  let current = size;
   return {
     name: "memory",
     get size() {
-      return storage.bytes.length;
+      return current;
     },
     isReadOnly: false,
     canDiscard: true,
     canWriteZeroes: true,
     openQueue: (client) => new MemoryQueue(client, storage),
-    resize: (size) => storage.resize(size),
+    toPortable() {
+      storage.isShared = true;
+      const { bytes, written } = storage;
+      return { kind: "memory", bytes: bytes.buffer, written: written.buffer };
+    },
+    resize(size) {
+      storage.resize(current, size);
+      current = size;
+    },
     close() {
-      storage.bytes = new Uint8Array(0);
-      storage.written = new Uint8Array(0);
+      storage.bytes = new Uint8Array(new SharedArrayBuffer(0));
+      storage.written = new Uint8Array(new SharedArrayBuffer(0));
+      current = 0;
     },
   };
 }

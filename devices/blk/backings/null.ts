@@ -11,6 +11,7 @@ import { Status } from "./backing.ts";
 class NullQueue implements BackingQueue {
   readonly movesData = false;
   readonly isCongested = false;
+  readonly endsByEvents = true;
   readonly #client: BackingClient;
 
   constructor(client: BackingClient) {
@@ -58,6 +59,7 @@ export function nullBacking(size: number): Backing {
     canDiscard: true,
     canWriteZeroes: true,
     openQueue: (client) => new NullQueue(client),
+    toPortable: () => ({ kind: "null", size: current }),
     resize(size) {
       current = size;
     },

@@ -100,6 +100,7 @@ class Segments {
 
 class ObjectQueue implements BackingQueue {
   readonly movesData = false;
+  readonly endsByEvents = false;
   readonly #client: BackingClient;
   readonly #object: DiskObject;
   #running = 0;

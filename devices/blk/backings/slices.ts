@@ -6,6 +6,7 @@
  * @module
  */
 
+import { blocking } from "../../../ffi/blocking.ts";
 import { SegmentWord } from "../../../virtqueue/mod.ts";
 import type { BackingClient } from "./backing.ts";
 import { Status } from "./backing.ts";
@@ -36,7 +37,7 @@ interface Work {
 
 /** What the slices are cut from. */
 export interface SliceStorage {
-  readonly bytes: Uint8Array<ArrayBuffer>;
+  readonly bytes: Uint8Array;
   zero(offset: number, length: number): void;
 }
 
@@ -101,7 +102,7 @@ export class Slices {
   #schedule(): void {
     if (this.#isScheduled) return;
     this.#isScheduled = true;
-    setImmediate(() => this.#run());
+    blocking.setImmediate(() => this.#run());
   }
 
   #run(): void {
