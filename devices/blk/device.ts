@@ -65,7 +65,13 @@ export class BlkDevice implements TargetOps, BlkSession {
     this.#disk = disk;
     this.#device = device;
     this.#ended = ended;
-    this.#writeback = new Int32Array(device.shared);
+    // A factory that was wrapped in a function of a user's own has none.
+    const { shared } = device;
+    this.#writeback = new Int32Array(
+      shared.byteLength < sharedBytes
+        ? new SharedArrayBuffer(sharedBytes)
+        : shared,
+    );
   }
 
   get capacity(): number {

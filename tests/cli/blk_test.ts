@@ -34,7 +34,7 @@ test("--version is that of deno.json, --help names every option", async () => {
     const option of [
       ...["socket-path", "fd", "print-capabilities", "blk-file", "memory"],
       ...["null", "read-only", "num-queues", "serial", "logical-block-size"],
-      "direct",
+      ...["direct", "workers", "poll-us"],
       ...["verbose", "help", "version", "connect"],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));

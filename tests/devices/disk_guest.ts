@@ -18,7 +18,7 @@ import {
 import { FrontendConnection } from "../../frontend/connection.ts";
 import { GuestRam } from "../../frontend/guest_ram.ts";
 import { SplitDriver } from "../../frontend/split_driver.ts";
-import { registerTarget, type Target } from "../../mod.ts";
+import { registerTarget, type Target, type TargetOptions } from "../../mod.ts";
 import { gpa, ringAddress } from "../../protocol/address.ts";
 
 export const sectorSize = 512;
@@ -320,6 +320,7 @@ export class ServedDisk {
   static async start(
     options: BlkOptions,
     guestOptions: GuestOptions = {},
+    targetOptions: Pick<TargetOptions, "workers" | "pollMicroseconds"> = {},
   ): Promise<ServedDisk> {
     const folder = new TemporaryFolder();
     const address = folder.file("disk.sock");
@@ -330,6 +331,7 @@ export class ServedDisk {
       transport: "vhost-user",
       address,
       ...disk,
+      ...targetOptions,
       onError,
     });
     const guest = await DiskGuest.connect(address, guestOptions);

@@ -6,7 +6,8 @@ import {
   type VhostUserDeviceOptions,
 } from "../../frontend/mod.ts";
 import {
-  type Device,
+  type DeviceFactory,
+  type DeviceModule,
   registerTarget,
   requestOps,
   type Target,
@@ -30,7 +31,11 @@ export interface ServeOptions {
   /** 4 unless given. */
   readonly queueCount?: number;
   /** The device that does the work; an echo unless given. */
-  readonly device?: (device: Device) => TargetOps;
+  readonly device?: DeviceFactory | { readonly create: DeviceFactory };
+  /** The same, named by its module; not recorded. */
+  readonly module?: DeviceModule;
+  readonly workers?: number;
+  readonly pollMicroseconds?: number;
   readonly trace?: (line: string) => void;
   /** Errors that the test expects are taken from `errors` by it. */
   readonly errorsExpected?: boolean;
@@ -56,7 +61,8 @@ export function targetOptions(
   errors: Events<Vhost2Error>,
   options: ServeOptions = {},
 ): TargetOptions {
-  const make = options.device ?? echo;
+  const { device = echo } = options;
+  const make = "create" in device ? device.create : device;
   return {
     transport: "vhost-user",
     address,
@@ -66,7 +72,10 @@ export function targetOptions(
     sharedMemory: options.sharedMemory,
     postcopy: options.postcopy,
     queueCount: options.queueCount ?? 4,
-    device: (device) => recording.ops(device, make(device)),
+    device: options.module ??
+      ((device) => recording.ops(device, make(device))),
+    workers: options.workers,
+    pollMicroseconds: options.pollMicroseconds,
     onError: errors.push,
     trace: options.trace,
   };
