@@ -56,6 +56,7 @@ export interface QueueMessage {
   readonly base: number;
   readonly isPolled: boolean;
   readonly isLogged: boolean;
+  readonly inflight: number | null;
   readonly pollMicroseconds: number | undefined;
   /** Open until the Worker has let go of the queue. */
   readonly kickFd: number | null;

@@ -75,6 +75,7 @@ export class QueueRun {
       base: queue.availableIndex,
       isPolled: queue.isPolled,
       isLogged: queue.isLogged,
+      inflight: queue.inflight,
       pollMicroseconds: queue.pollMicroseconds,
       kickFd: this.#kickFd,
       callFd: this.#callFd,

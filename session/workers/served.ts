@@ -159,6 +159,7 @@ export class ServedQueue {
       base: message.base,
       isPolled: message.isPolled,
       isLogged: message.isLogged,
+      inflight: message.inflight,
       memory,
       runId: run,
       pollMicroseconds: message.pollMicroseconds,
