@@ -31,10 +31,12 @@ pub const page_size = 0x1000;
 /// SET_VRING_KICK has 8 bits for the index.
 pub const queue_maximum = 256;
 
-/// What VHOST_VRING_F_LOG and `log_guest_addr` say of one ring.
+/// What VHOST_VRING_F_LOG and `log_guest_addr` say of one ring: `state` is 0
+/// where it is not logged, else one more than the index of the address that
+/// counts; the other one is free for the next.
 const RingLog = struct {
-    is_logged: Atomic(bool),
-    address: Atomic(u64),
+    state: Atomic(u32),
+    addresses: [2]Atomic(u64),
 };
 
 pub const DirtyLog = struct {
@@ -55,7 +57,7 @@ pub const DirtyLog = struct {
         self.log = .init(null);
         self.is_logging = .init(false);
         self.event = .init(-1);
-        for (&self.rings) |*ring| ring.* = .{ .is_logged = .init(false), .address = .init(0) };
+        for (&self.rings) |*ring| ring.* = .{ .state = .init(0), .addresses = .{ .init(0), .init(0) } };
         self.lap = .init(0);
         self.writers = .{ .init(0), .init(0) };
         self.lock = .{};
@@ -115,13 +117,10 @@ pub const DirtyLog = struct {
         self.lock.lock();
         defer self.lock.unlock();
         const ring = &self.rings[queue];
-        if (ring.is_logged.load(.monotonic) and ring.address.load(.monotonic) != address) {
-            // No writer sees the old address with the new state.
-            ring.is_logged.store(false, .seq_cst);
-            self.settle();
-        }
-        ring.address.store(address, .seq_cst);
-        ring.is_logged.store(is_logged, .seq_cst);
+        // A write in the meantime is marked at the one or the other address.
+        const next: u32 = if (ring.state.load(.monotonic) == 1) 2 else 1;
+        ring.addresses[next - 1].store(address, .seq_cst);
+        ring.state.store(if (is_logged) next else 0, .seq_cst);
         self.settle();
     }
 
@@ -130,7 +129,7 @@ pub const DirtyLog = struct {
         self.replaceLog(null);
         self.setLogging(false);
         self.replaceEvent(-1);
-        for (&self.rings) |*ring| ring.is_logged.store(false, .seq_cst);
+        for (&self.rings) |*ring| ring.state.store(0, .seq_cst);
     }
 };
 
@@ -151,8 +150,9 @@ pub const Writer = struct {
     /// The address that stands for what we write into a ring, if it is logged.
     pub fn ringAddress(self: *const Writer, queue: u32) ?u64 {
         const ring = &self.owner.rings[queue];
-        if (self.bytes.len == 0 or !ring.is_logged.load(.seq_cst)) return null;
-        return ring.address.load(.seq_cst);
+        const state = ring.state.load(.seq_cst);
+        if (self.bytes.len == 0 or state == 0) return null;
+        return ring.addresses[state - 1].load(.seq_cst);
     }
 
     /// Sets the bits of all pages of [gpa, gpa + length), where the log has

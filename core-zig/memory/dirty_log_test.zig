@@ -227,13 +227,12 @@ test "after a change nobody marks in the log before it, nor by the switch before
     try setBase(handle, logs[0]);
     try expectEqual(0, dirty_log.setLogging(handle, 1));
     var marker: Marker = .{ .handle = handle };
-    var threads: [2]sync.Thread = undefined;
-    for (&threads) |*thread| thread.* = sync.Thread.spawn(Marker.run, &marker).?;
+    const thread = sync.Thread.spawn(Marker.run, &marker).?;
     defer {
         marker.is_ended.store(true, .release);
-        for (threads) |thread| thread.join();
+        thread.join();
     }
-    for (0..200) |round| {
+    for (0..50) |round| {
         const next = logs[(round + 1) % 2];
         const old = logs[round % 2];
         try setBase(handle, next);
@@ -255,4 +254,39 @@ test "after a change nobody marks in the log before it, nor by the switch before
         try expectEqual(0, dirty_log.setRing(handle, 0, 0, 0));
         try expectEqual(0, dirty_log.setLogging(handle, 1));
     }
+}
+
+/// Marks a ring, and counts how often none of its two addresses was marked.
+const RingMarker = struct {
+    handle: u32,
+    log: SharedLog,
+    rounds: std.atomic.Value(u32) = .init(0),
+    lost: u32 = 0,
+
+    fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
+        const self: *RingMarker = @ptrCast(@alignCast(argument.?));
+        for (0..5000) |round| {
+            _ = dirty_log.markRing(self.handle, 0, 0, 8);
+            self.lost += @intFromBool(self.log.take() != 1);
+            self.rounds.store(@intCast(round + 1), .release);
+        }
+        return null;
+    }
+};
+
+test "a ring whose address changes is marked at one or the other, never at none" {
+    const handle = create();
+    defer _ = memory.destroy(handle);
+    const log: SharedLog = .init(64);
+    defer log.deinit();
+    try setBase(handle, log);
+    try expectEqual(0, dirty_log.setRing(handle, 0, 1, 0));
+    var marker: RingMarker = .{ .handle = handle, .log = log };
+    const thread = sync.Thread.spawn(RingMarker.run, &marker).?;
+    var address: u64 = 0;
+    while (marker.rounds.load(.acquire) < 5000) : (address ^= 100 * page) {
+        try expectEqual(0, dirty_log.setRing(handle, 0, 1, address));
+    }
+    thread.join();
+    try expectEqual(0, marker.lost);
 }
