@@ -14,6 +14,7 @@ import {
   parseMac,
   randomMac,
 } from "./config.ts";
+import { virtqueueProtocolFeatures } from "../../virtqueue/mod.ts";
 import { NetDevice, type Nic } from "./device.ts";
 import type { NetEnd } from "./ends/end.ts";
 import { type FrameStreams, streamEnd } from "./ends/stream.ts";
@@ -59,7 +60,7 @@ export interface NetOptions {
 export interface Net {
   /** Virtio features that it offers. */
   readonly features: bigint;
-  /** vhost-user's: RARP and NET_MTU. */
+  /** vhost-user's: RARP, NET_MTU and, for migration, LOG_SHMFD. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
   /** Makes the device of a front-end. */
@@ -143,7 +144,7 @@ export function netDevice(options: NetOptions): Net {
     closed ??= (async () => await end.close())();
   return {
     features: netFeatures(properties),
-    protocolFeatures: featureMask(
+    protocolFeatures: virtqueueProtocolFeatures | featureMask(
       ProtocolFeature.RARP,
       ProtocolFeature.NET_MTU,
     ),
