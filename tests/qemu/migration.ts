@@ -37,26 +37,7 @@ export async function migrate(
   const folder = mkdtempSync(join(tmpdir(), "vhost2-migration-"));
   try {
     const uri = `unix:${join(folder, "socket")}`;
-    const capabilities = [
-      { capability: "events", state: true },
-      { capability: "postcopy-ram", state: postcopy },
-    ];
-    for (const guest of [source, destination]) {
-      await guest.qmp("migrate-set-capabilities", { capabilities });
-    }
-    // As fast as it gets: what is measured is that nothing is lost. But before
-    // postcopy begins only little is to have come.
-    await source.qmp("migrate-set-parameters", {
-      "max-bandwidth": postcopy ? 8e6 : 8e9,
-    });
-    await destination.qmp("migrate-incoming", { uri });
-    await source.qmp("migrate", { uri });
-    if (postcopy) {
-      await source.qmpEvent(({ event, data }) =>
-        event === "MIGRATION" && data?.status === "active"
-      );
-      await source.qmp("migrate-start-postcopy");
-    }
+    await begin(source, destination, uri, postcopy);
     const status = await ended(source);
     const report = await source.qmp("query-migrate") as {
       "error-desc"?: string;
@@ -79,6 +60,52 @@ export async function migrate(
   } finally {
     rmSync(folder, { recursive: true, force: true });
   }
+}
+
+/**
+ * Begins a migration by postcopy whose pages come at no more than `bandwidth`
+ * bytes a second; resolves when the guest runs on the other side.
+ *
+ * @param folder where the socket is
+ */
+export async function beginPostcopy(
+  source: Guest,
+  destination: Guest,
+  folder: string,
+  bandwidth: number,
+): Promise<void> {
+  await source.qmp("migrate-set-parameters", {
+    "max-postcopy-bandwidth": bandwidth,
+  });
+  await begin(source, destination, `unix:${join(folder, "socket")}`, true);
+  await destination.qmpEvent(({ event }) => event === "RESUME");
+}
+
+async function begin(
+  source: Guest,
+  destination: Guest,
+  uri: string,
+  postcopy: boolean,
+): Promise<void> {
+  const capabilities = [
+    { capability: "events", state: true },
+    { capability: "postcopy-ram", state: postcopy },
+  ];
+  for (const guest of [source, destination]) {
+    await guest.qmp("migrate-set-capabilities", { capabilities });
+  }
+  // As fast as it gets: what is measured is that nothing is lost. But before
+  // postcopy begins only little is to have come.
+  await source.qmp("migrate-set-parameters", {
+    "max-bandwidth": postcopy ? 8e6 : 8e9,
+  });
+  await destination.qmp("migrate-incoming", { uri });
+  await source.qmp("migrate", { uri });
+  if (!postcopy) return;
+  await source.qmpEvent(({ event, data }) =>
+    event === "MIGRATION" && data?.status === "active"
+  );
+  await source.qmp("migrate-start-postcopy");
 }
 
 async function ended(guest: Guest): Promise<"completed" | "failed"> {
