@@ -89,6 +89,29 @@ pub const Position = packed struct(u16) {
     }
 };
 
+/// The same where a ring is walked: AVAIL and USED as the driver sets them, and
+/// not a bit to make them of.
+const Cursor = struct {
+    slot: u32,
+    available: u16,
+
+    inline fn init(at: Position) Cursor {
+        return .{ .slot = at.slot, .available = at.availableFlags() };
+    }
+
+    inline fn position(self: Cursor) Position {
+        return .{ .slot = @intCast(self.slot), .wrap = self.available == flag_available };
+    }
+
+    /// At most `size`.
+    inline fn advance(self: *Cursor, count: u32, size: u32) void {
+        self.slot += count;
+        if (self.slot < size) return;
+        self.slot -= size;
+        self.available ^= lap_flags;
+    }
+};
+
 /// Whether the side that wrote `event` wants to be told of the step from `old`
 /// to `new`, which is not longer than the ring.
 pub inline fn isPassed(event: Position, new: Position, old: Position, size: u32) bool {
@@ -178,34 +201,42 @@ pub const Packed = struct {
     }
 
     /// The second word of a descriptor, if the driver has made it available.
-    inline fn availableAt(self: *const Packed, at: Position, comptime order: std.builtin.AtomicOrder) ?u64 {
+    inline fn availableAt(self: *const Packed, at: Cursor, comptime order: std.builtin.AtomicOrder) ?u64 {
         // One read for length, id and flags: the driver writes the flags last.
         const word = @atomicLoad(u64, &self.descriptors[at.slot][1], order);
         const flags: u16 = @truncate(word >> flags_shift);
-        return if (flags & lap_flags == at.availableFlags()) word else null;
+        return if (flags & lap_flags == at.available) word else null;
     }
 
     /// Pops into the batch until it is full, the ring empty or a rule broken.
     /// Requests of an earlier run come first, and not together with new ones.
     pub inline fn take(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
         if (self.toResubmit() != 0) return self.retake(ring, batch, max);
+        // In registers: for all that the compiler knows the batch is the ring.
+        var at: Cursor = .init(self.available);
+        var outstanding = self.outstanding;
+        defer {
+            self.available = at.position();
+            self.outstanding = outstanding;
+        }
         for (0..max) |_| {
             // Acquire: pairs with the driver's barrier before it stores the
             // flags of a chain's first descriptor; all else is read after it.
-            const word = self.availableAt(self.available, .acquire) orelse return;
-            const left = ring.size - self.outstanding;
-            if (left == 0) return batch.breach(layout.broken_available_index, self.available.slot);
+            const word = self.availableAt(at, .acquire) orelse return;
+            const left = ring.size - outstanding;
+            if (left == 0) return batch.breach(layout.broken_available_index, at.slot);
             batch.begin();
             if (self.inflight) |*tracker| tracker.beginChain();
-            var id: u32 = undefined;
-            const count = try self.walk(ring, batch, word, left, &id);
+            const count, const last = try self.walk(ring, batch, at.slot, word, left);
+            // It is the last one's that counts.
+            const id: u32 = @as(u16, @truncate(last >> id_shift));
             try ring.requireFree(batch, id);
             try batch.finish(id, @truncate(ring.popped));
             if (self.inflight) |*tracker| tracker.commit(@intCast(id));
             ring.own(batch, id);
             self.lengths[id] = @intCast(count);
-            self.outstanding += count;
-            self.available = self.available.after(count, ring.size);
+            outstanding += count;
+            at.advance(count, ring.size);
         }
     }
 
@@ -247,27 +278,26 @@ pub const Packed = struct {
         self.available = self.available.before(count, ring.size);
     }
 
-    /// Returns how many descriptors the chain has: at most `limit`.
-    inline fn walk(self: *Packed, ring: *const Ring, batch: *chain.Batch, first: u64, limit: u32, id_out: *u32) chain.Error!u32 {
-        var slot: u32 = self.available.slot;
+    /// Returns how many descriptors the chain has, at most `limit`, and the
+    /// second word of the last.
+    inline fn walk(self: *Packed, ring: *const Ring, batch: *chain.Batch, start: u32, first: u64, limit: u32) chain.Error!struct { u32, u64 } {
+        var slot = start;
         var word = first;
         var count: u32 = 1;
         while (true) : (count += 1) {
             const address = @atomicLoad(u64, &self.descriptors[slot][0], .monotonic);
             const flags: u16 = @truncate(word >> flags_shift);
             if (self.inflight) |*tracker| tracker.add(address, word);
-            // It is the last one's that counts.
-            id_out.* = @as(u16, @truncate(word >> id_shift));
             if (flags & chain.flag_indirect != 0) {
                 // A table is the whole chain (2.8.7).
                 if (!ring.has_indirect or flags & chain.flag_next != 0 or count != 1) {
                     return batch.breach(layout.broken_indirect_refused, slot);
                 }
                 try chain.addOrderedIndirect(batch, address, @truncate(word), ring.size);
-                return count;
+                return .{ count, word };
             }
             try batch.add(.{ .address = address, .length = @truncate(word), .flags = flags, .next = 0 }, slot);
-            if (flags & chain.flag_next == 0) return count;
+            if (flags & chain.flag_next == 0) return .{ count, word };
             if (count == limit) return batch.breach(layout.broken_loop, limit);
             slot = if (slot + 1 == ring.size) 0 else slot + 1;
             word = @atomicLoad(u64, &self.descriptors[slot][1], .monotonic);
@@ -352,7 +382,7 @@ pub const Packed = struct {
         // Full: the wish before the flags are read; pairs with the driver's
         // barrier between storing those and reading the wish.
         @atomicStore(u32, self.device_event, wish, .seq_cst);
-        return self.availableAt(self.available, .seq_cst) != null or self.toResubmit() != 0;
+        return self.availableAt(.init(self.available), .seq_cst) != null or self.toResubmit() != 0;
     }
 
     /// Unlike the split ring's, an event that has passed comes again two laps
