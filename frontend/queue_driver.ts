@@ -394,7 +394,10 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
     if (request === undefined) {
       this.strays.push(element);
       if (this.strays.length > this.queueSize) this.strays.shift();
-    } else if (element.length > request.writableBytes) {
+    } else if (
+      // Of a chain that nobody can write, DPDK says how much it has read.
+      request.writableBytes > 0 && element.length > request.writableBytes
+    ) {
       this.fail(
         `${element.length} bytes written to head ${element.id}, which has ${request.writableBytes}`,
       );
@@ -404,7 +407,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
       if (request.indirect !== null) {
         this.ram.free(request.indirect.address, request.indirect.size);
       }
-      request.resolve(element.length);
+      request.resolve(Math.min(element.length, request.writableBytes));
     }
     this.onUsed?.(element);
     return this.#failure === undefined;
