@@ -33,6 +33,8 @@ export const FileFlag = {
   dsync: constants.flagIoDsync,
   /** By a native thread that may block. */
   threaded: constants.flagIoThreaded,
+  /** At once, in this thread, which may block: for Workers. */
+  inline: constants.flagIoInline,
 } as const;
 
 /** Who is told how a request ended. */

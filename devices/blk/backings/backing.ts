@@ -76,6 +76,15 @@ export interface BackingQueue {
   close(): void;
 }
 
+/** How an open file is used. */
+export interface FileUse {
+  /** With O_DIRECT: of offsets, lengths and addresses; 1 without. */
+  readonly alignment: number;
+  /** `FileFlag`s of each write, and of each that is to be durable. */
+  readonly writeFlags: number;
+  readonly durableWriteFlags: number;
+}
+
 /** A backing on its way to a Worker. */
 export type PortableBacking =
   | { readonly kind: "null"; readonly size: number }
@@ -90,7 +99,7 @@ export type PortableBacking =
     /** The maker's; the Worker duplicates it. */
     readonly fd: number;
     readonly isReadOnly: boolean;
-    readonly use: { readonly alignment: number; readonly writeFlags: number };
+    readonly use: FileUse;
   };
 
 /** The place where a disk's bytes are, shared by all its queues. */

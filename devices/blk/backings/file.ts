@@ -15,7 +15,12 @@ import {
   FileOperation,
 } from "../../../ffi/file_engine.ts";
 import { Held, noteHeld, noteReleased } from "../../../ffi/held.ts";
-import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
+import type {
+  Backing,
+  BackingClient,
+  BackingQueue,
+  FileUse,
+} from "./backing.ts";
 import { Status } from "./backing.ts";
 
 /** Flags of `file_open`. */
@@ -31,13 +36,9 @@ const operationNames: Record<number, string> = {
 };
 
 /** What the queues share. */
-interface OpenFile {
+interface OpenFile extends FileUse {
   readonly path: string;
   readonly fd: number;
-  /** With O_DIRECT; 1 without. */
-  readonly alignment: number;
-  /** `FileFlag`s of each write. */
-  readonly writeFlags: number;
   /** Requests with the engine, of all queues. */
   inFlight: number;
   /** Called when there are none any more. */
@@ -121,7 +122,7 @@ class FileQueue implements BackingQueue, FileClient {
       FileOperation.write,
       offset,
       length,
-      this.#file.writeFlags | (isDurable ? FileFlag.dsync : 0),
+      isDurable ? this.#file.durableWriteFlags : this.#file.writeFlags,
       segmentFirst,
       segmentCount,
     );
@@ -285,21 +286,21 @@ export function fileBacking(path: string, options: FileOptions = {}): Backing {
     core.descriptorClose(fd);
     throw error;
   }
+  const writeFlags = traits.hasBlockingWrites && !isDirect
+    ? FileFlag.threaded
+    : 0;
   return backingOver(path, fd, size, isReadOnly, {
     alignment: isDirect ? traits.alignment : 1,
-    writeFlags: traits.hasBlockingWrites && !isDirect ? FileFlag.threaded : 0,
+    writeFlags,
+    durableWriteFlags: writeFlags | FileFlag.dsync,
   });
-}
-
-/** How an open file is used. */
-export interface FileUse {
-  readonly alignment: number;
-  readonly writeFlags: number;
 }
 
 /**
  * In a Worker: over a file that another isolate has open; under a number of
  * its own, so that neither has to wait for the other's requests to close it.
+ * What another thread would only be woken for, a write into the page cache, is
+ * done at once: nobody but the Worker's own queues waits for it.
  */
 export function sharedFileBacking(
   path: string,
@@ -312,7 +313,10 @@ export function sharedFileBacking(
     `Cannot open ${path} in a Worker`,
   );
   noteHeld(Held.descriptor, own);
-  return backingOver(path, own, 0, isReadOnly, use);
+  const writeFlags = use.writeFlags === FileFlag.threaded
+    ? FileFlag.inline
+    : use.writeFlags;
+  return backingOver(path, own, 0, isReadOnly, { ...use, writeFlags });
 }
 
 function backingOver(
