@@ -126,6 +126,10 @@ pub const RingConfig = extern struct {
 };
 /// What the device writes may have to be logged (LOG_SHMFD is negotiated).
 pub const flag_ring_logged: u32 = 1;
+/// The device gives back in order, nothing in flight in between: a split ring
+/// goes on where its used ring ends, whatever `base` says. DPDK's virtio_user
+/// goes on with its rings after a reconnect and says 0.
+pub const flag_ring_resumed: u32 = 2;
 
 /// Why `ring_create` refused: the number of descriptors, one of the areas, or
 /// another field (space, base, header_bytes, trailer_bytes, flags).

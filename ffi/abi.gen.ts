@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 61720159;
+export const abiHash = 2032838472;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -723,6 +723,7 @@ export const constants = {
   memoryFaulted: 1,
   memoryRevoked: 2,
   flagRingLogged: 1,
+  flagRingResumed: 2,
   refuseRingSize: 1,
   refuseRingDescriptorArea: 2,
   refuseRingAvailableArea: 3,

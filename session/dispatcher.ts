@@ -7,7 +7,12 @@
 
 import { Vhost2Error } from "../ffi/errors.ts";
 import { describeMessage } from "../protocol/describe.ts";
-import { hasFeature, ProtocolFeature } from "../protocol/features.ts";
+import {
+  featureMask,
+  hasFeature,
+  ProtocolFeature,
+  VirtioFeature,
+} from "../protocol/features.ts";
 import {
   decodeFrontendRequest,
   findFrontendRow,
@@ -43,6 +48,8 @@ type Handler = (
   payload: unknown,
   message: Message,
 ) => unknown;
+
+const protocolFeaturesMask = featureMask(VirtioFeature.PROTOCOL_FEATURES);
 
 export class Dispatcher {
   readonly #session: Session;
@@ -93,7 +100,9 @@ export class Dispatcher {
     const handler = handlers[row.id] as Handler | undefined;
     const closedGate = checkGate(row, {
       offeredFeatures: session.options.features,
-      features: session.features,
+      // QEMU's vhost-user-net enables rings before SET_FEATURES: until that
+      // comes, whoever knows protocol features has them.
+      features: session.ackedFeatures ?? protocolFeaturesMask,
       protocolFeatures: session.ackedProtocolFeatures,
       device: session.options.deviceType,
     });

@@ -87,6 +87,8 @@ export class Session {
   readonly connection: Connection;
   readonly memory: GuestMemory = new GuestMemory();
   readonly vrings: readonly Vring[];
+  /** How often ADD_MEM_REG came again for a region that is there. */
+  readonly repeatedRegions: Map<string, number> = new Map();
   readonly device: Device;
   readonly sequencer: Sequencer;
   readonly #end = new AbortController();

@@ -130,13 +130,16 @@ const reasonOut = new Uint32Array(1);
 
 /**
  * The core's ring of a started queue, for those who use the core's other ways
- * of processing one; it is theirs to destroy.
+ * of processing one; it is theirs to destroy. `isResumed`: a split ring goes on
+ * where its used ring ends, for devices that give back in order.
  *
  * @throws Vhost2Error SYSTEM when the ring cannot be used as it is
  */
 export function createRing(
   queue: StartedQueue,
-  options: Pick<VirtqueueOptions, "headerBytes" | "trailerBytes">,
+  options:
+    & Pick<VirtqueueOptions, "headerBytes" | "trailerBytes">
+    & { readonly isResumed?: boolean },
 ): number {
   const field = layouts.RingConfig;
   const { addresses } = queue;
@@ -155,7 +158,8 @@ export function createRing(
   configWords.setUint32(field.trailerBytes, options.trailerBytes ?? 0, true);
   configWords.setUint32(
     field.flags,
-    queue.isLogged ? constants.flagRingLogged : 0,
+    (queue.isLogged ? constants.flagRingLogged : 0) |
+      (options.isResumed ? constants.flagRingResumed : 0),
     true,
   );
   configWords.setUint32(field.queueIndex, queue.index, true);

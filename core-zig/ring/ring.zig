@@ -34,6 +34,8 @@ pub const HeadState = enum(u8) { free, in_flight, completed };
 /// in a packed ring they are driver and device event suppression.
 pub const areas = 3;
 
+const ring_flags = layout.flag_ring_logged | layout.flag_ring_resumed;
+
 /// What is common to both formats. Each has `take` (pop), `publish` and
 /// `announce` (push), `arm`, `disarm`, `position`, `rewind`, `usedPosition`,
 /// `track` and `toResubmit`; `markUsed` and `markEvent` say in the dirty log
@@ -172,7 +174,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         return linux.fail(.INVAL);
     }
     if (config.header_bytes > header_maximum or config.trailer_bytes > trailer_maximum or
-        config.space > layout.space_uva or config.flags & ~layout.flag_ring_logged != 0 or
+        config.space > layout.space_uva or config.flags & ~ring_flags != 0 or
         config.queue_index >= dirty_log.queue_maximum or
         (is_packed and !packed_ring.isBase(config.base, size)))
     {
@@ -207,7 +209,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         .format = if (is_packed)
             .{ .packed_ring = .init(pointers, config.base) }
         else
-            .{ .split = .init(pointers, config.base) },
+            .{ .split = .init(pointers, if (config.flags & layout.flag_ring_resumed != 0) null else config.base) },
         .memory = object,
         .size = size,
         .views = views,

@@ -86,15 +86,17 @@ pub const Split = struct {
     /// Where the front-end gave a region for it.
     inflight: ?SplitInflight = null,
 
-    pub fn init(pointers: [3][*]u8, start: u32) Split {
+    /// Without a start it goes on where the used ring ends.
+    pub fn init(pointers: [3][*]u8, start: ?u32) Split {
         const used: *Used = @ptrCast(@alignCast(pointers[2]));
+        // The driver may have been reset since: what it reads counts.
+        const used_index = @atomicLoad(u16, &used.index, .acquire);
         return .{
             .descriptors = @ptrCast(@alignCast(pointers[0])),
             .available = @ptrCast(@alignCast(pointers[1])),
             .used = used,
-            .last_available = @truncate(start),
-            // The driver may have been reset since: what it reads counts.
-            .used_index = @atomicLoad(u16, &used.index, .acquire),
+            .last_available = if (start) |index| @truncate(index) else used_index,
+            .used_index = used_index,
         };
     }
 

@@ -48,7 +48,7 @@ class FrameRing {
 
   protected constructor(queue: StartedQueue, headerBytes: number) {
     this.queue = queue;
-    this.ring = createRing(queue, { headerBytes });
+    this.ring = createRing(queue, { headerBytes, isResumed: true });
     core.ringDisarm(this.ring);
   }
 

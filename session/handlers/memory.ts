@@ -47,6 +47,7 @@ export async function setMemoryTable(
   // No fault may come before the front-end knows where the regions are.
   if (postcopy.repliesWithBases) await session.stopQueues(() => true);
   await change(session, "replace", describe(session, message, regions));
+  session.repeatedRegions.clear();
   if (!postcopy.repliesWithBases) return;
   postcopy.awaitAck();
   const bases = new Map(
@@ -55,11 +56,29 @@ export async function setMemoryTable(
   return regions.map((r) => ({ ...r, uva: uva(bases.get(r.gpa)!) }));
 }
 
+/** A region that comes again: which one. */
+function keyOf({ gpa, uva, size }: MemoryRegionDescription): string {
+  return `${gpa} ${uva} ${size}`;
+}
+
+/**
+ * QEMU's vhost-user-net has a memory listener for each queue pair, and before
+ * 8.0 each adds, and later removes, every region.
+ */
 export async function addRegion(
   session: Session,
   region: MemoryRegionDescription,
   message: Message,
 ): Promise<void> {
+  const isThere = session.memory.regions.some(({ gpa, uva, size }) =>
+    gpa === region.gpa && uva === region.uva && BigInt(size) === region.size
+  );
+  if (isThere) {
+    const key = keyOf(region);
+    const times = session.repeatedRegions.get(key) ?? 0;
+    session.repeatedRegions.set(key, times + 1);
+    return;
+  }
   await change(session, "add", describe(session, message, [region]));
 }
 
@@ -67,6 +86,11 @@ export async function removeRegion(
   session: Session,
   region: MemoryRegionDescription,
 ): Promise<void> {
+  const key = keyOf(region);
+  const times = session.repeatedRegions.get(key) ?? 0;
+  if (times > 1) session.repeatedRegions.set(key, times - 1);
+  else session.repeatedRegions.delete(key);
+  if (times > 0) return;
   await change(session, "remove", [{ ...region, source: { fd: -1 } }]);
 }
 

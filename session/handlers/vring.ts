@@ -76,11 +76,21 @@ export async function setAddress(
   vring.forgetFailure();
 }
 
+/**
+ * DPDK's virtio_user sends of a packed base the half for what is available,
+ * without the half for what is used: 0x8000. Read as it stands that is a ring
+ * with more in flight than it holds, or, at position 0, with all of it.
+ */
+function completeBase(num: number): number {
+  return num <= 0xffff && (num & 0x8000) !== 0 ? num * 0x1_0001 : num;
+}
+
 export async function setBase(
   session: Session,
-  { index, num }: VringState,
+  { index, num: given }: VringState,
 ): Promise<void> {
   const vring = session.vrings[index];
+  const num = session.isPacked ? completeBase(given) : given;
   if (!session.isPacked) {
     if (num > 0xffff) throw new Refusal(`base ${num} does not fit 16 bits`);
   } else if (
