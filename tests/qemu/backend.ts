@@ -58,12 +58,39 @@ const STOP_TIMEOUT_MS = 10_000;
  *
  * @throws {Error} with what it printed when it ends instead
  */
-export async function startBackend(options: BackendOptions): Promise<Backend> {
+export function startBackend(options: BackendOptions): Promise<Backend> {
+  return start(
+    options.socketPath,
+    BACKEND,
+    (socketPath, folder) =>
+      BACKEND === "vhost2"
+        ? ourCommand(options, socketPath)
+        : storageDaemonCommand(options, socketPath, folder),
+  );
+}
+
+/**
+ * Starts our `net` command with these words, and a socket of its own; resolves
+ * when it listens.
+ *
+ * @throws {Error} with what it printed when it ends instead
+ */
+export function startNetBackend(words: string[]): Promise<Backend> {
+  return start(undefined, "vhost2", (socketPath) => [
+    ...ourProgram("net"),
+    ...["--socket-path", socketPath],
+    ...words,
+  ]);
+}
+
+async function start(
+  wantedPath: string | undefined,
+  kind: BackendKind,
+  command: (socketPath: string, folder: string) => string[],
+): Promise<Backend> {
   const folder = mkdtempSync(join(tmpdir(), "vhost2-backend-"));
-  const socketPath = options.socketPath ?? join(folder, "socket");
-  const [program, ...args] = BACKEND === "vhost2"
-    ? ourCommand(options, socketPath)
-    : storageDaemonCommand(options, socketPath, folder);
+  const socketPath = wantedPath ?? join(folder, "socket");
+  const [program, ...args] = command(socketPath, folder);
   const child = spawn(program, args, {
     cwd: projectFolder(),
     stdio: "pipe",
@@ -95,10 +122,10 @@ export async function startBackend(options: BackendOptions): Promise<Backend> {
     stopping = true;
     // Not child.kill: after it Deno reports the signal as the end's cause, even
     // when the program has caught it and ended with an exit code.
-    if (!closed && BACKEND === "vhost2" && child.pid !== undefined) {
+    if (!closed && kind === "vhost2" && child.pid !== undefined) {
       process.kill(child.pid, "SIGTERM");
     }
-    if (!closed && BACKEND !== "vhost2") {
+    if (!closed && kind !== "vhost2") {
       child.stdin.end(`{"execute":"qmp_capabilities"}{"execute":"quit"}`);
     }
     const timer = setTimeout(() => child.kill("SIGKILL"), STOP_TIMEOUT_MS);
@@ -111,7 +138,7 @@ export async function startBackend(options: BackendOptions): Promise<Backend> {
     rmSync(folder, { recursive: true, force: true });
   };
   try {
-    const ready = listening(child, socketPath, take, () => output);
+    const ready = listening(child, kind, socketPath, take, () => output);
     const ended = close.then((how) => {
       throw new Error(`Back-end ended (${how}) before it listened:\n${output}`);
     });
@@ -139,6 +166,7 @@ export async function startBackend(options: BackendOptions): Promise<Backend> {
 /** Resolves when the back-end says that it listens, or its socket appears. */
 function listening(
   child: ChildProcess,
+  kind: BackendKind,
   socketPath: string,
   take: (chunk: string) => void,
   output: () => string,
@@ -146,7 +174,7 @@ function listening(
   child.stdout?.setEncoding("utf8");
   child.stderr?.setEncoding("utf8");
   child.stderr?.on("data", take);
-  if (BACKEND === "vhost2") {
+  if (kind === "vhost2") {
     return new Promise((resolve) => {
       child.stdout?.on("data", (chunk: string) => {
         take(chunk);
@@ -168,13 +196,19 @@ function listening(
   });
 }
 
-function ourCommand(options: BackendOptions, socketPath: string): string[] {
-  const { disk } = options;
+function ourProgram(command: string): string[] {
   const project = projectFolder();
   return [
     join(project, "node_modules", "deno", "deno"),
     ...["run", "--allow-all", "--no-prompt"],
-    ...[join(project, "cli", "main.ts"), "blk"],
+    ...[join(project, "cli", "main.ts"), command],
+  ];
+}
+
+function ourCommand(options: BackendOptions, socketPath: string): string[] {
+  const { disk } = options;
+  return [
+    ...ourProgram("blk"),
     ...["--socket-path", socketPath],
     ...("file" in disk
       ? ["--blk-file", disk.file]

@@ -35,9 +35,25 @@ export interface GuestDisk {
   bootIndex?: number;
 }
 
+/** A vhost-user-net card of a guest. */
+export interface GuestNic {
+  /** QEMU's id of the device; also that of its chardev, with `-socket` added. */
+  id: string;
+  /** Where the back-end listens. */
+  socketPath: string;
+  /** `52:54:00:12:34:56` */
+  mac: string;
+  /** Queue pairs; 1 unless given. */
+  queues?: number;
+  /** Properties of virtio-net-pci, such as `packed` or `csum`. */
+  properties?: Record<string, boolean | number>;
+}
+
 export interface GuestOptions {
   /** Present from the start, as vda, vdb and so on in this order. */
   disks?: GuestDisk[];
+  /** The same as eth0, eth1 and so on. */
+  nics?: GuestNic[];
   /** Who serves the disks: when one crashes, the guest fails with it. */
   backends?: { crashed: Promise<Error> }[];
   /** Run by the guest; without it the firmware boots from a disk. */
@@ -107,7 +123,7 @@ export async function startGuest(options: GuestOptions): Promise<Guest> {
 }
 
 async function start(folder: string, options: GuestOptions): Promise<Guest> {
-  const { disks = [], script, memoryMb = 256, cpus = 1 } = options;
+  const { disks = [], nics = [], script, memoryMb = 256, cpus = 1 } = options;
   const qmpPath = join(folder, "qmp");
   const args = [
     "-nodefaults",
@@ -128,7 +144,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
   if (script !== undefined) {
     const cache = guestCache();
     const initramfs = join(folder, "initramfs");
-    writeFileSync(initramfs, buildInitramfs(cache, script));
+    writeFileSync(initramfs, buildInitramfs(cache, script, nics.length > 0));
     args.push("-kernel", cache.kernel, "-initrd", initramfs);
     args.push("-append", COMMAND_LINE);
   }
@@ -137,6 +153,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     args.push("-chardev", chardevArgument(disk));
     args.push("-device", JSON.stringify(deviceProperties(disk)));
   }
+  for (const nic of nics) args.push(...nicArguments(nic));
 
   const server = createServer();
   const connected = new Promise<void>((resolve, reject) => {
@@ -445,6 +462,30 @@ function deviceProperties(disk: GuestDisk): Record<string, unknown> {
     ...(disk.packed ? { packed: true } : {}),
     ...(disk.bootIndex === undefined ? {} : { bootindex: disk.bootIndex }),
   };
+}
+
+function nicArguments(nic: GuestNic): string[] {
+  const { id, mac, queues = 1 } = nic;
+  const path = nic.socketPath.replaceAll(",", ",,");
+  const device = {
+    driver: "virtio-net-pci",
+    id,
+    netdev: `${id}-net`,
+    mac,
+    // No firmware boots from it.
+    romfile: "",
+    // QEMU 7.2 without KVM crashes in KVM's code when it sets up the MSI-X
+    // vectors of a vhost-user netdev.
+    vectors: 0,
+    ...(queues === 1 ? {} : { mq: true }),
+    ...nic.properties,
+  };
+  return [
+    ...["-chardev", `socket,id=${id}-socket,path=${path}`],
+    "-netdev",
+    `vhost-user,id=${id}-net,chardev=${id}-socket,queues=${queues}`,
+    ...["-device", JSON.stringify(device)],
+  ];
 }
 
 let qemuVersion: number | undefined;

@@ -9,6 +9,8 @@ import { Buffer } from "node:buffer";
 
 /** What the guest needs beyond what its kernel has built in. */
 const MODULES = ["virtio_pci", "virtio_blk"];
+/** And with a network card. */
+const NETWORK_MODULES = ["virtio_net"];
 
 /** Runs the guest's script and tells the host how it ended. */
 const INIT = `#!/bin/sh
@@ -70,7 +72,11 @@ queue_count() { ls /sys/block/$1/mq | wc -l; }
  * The archive of a guest that runs `script` (a shell script, run with
  * `sh -e -o pipefail` and the functions of STEPS) and powers off.
  */
-export function buildInitramfs(cache: GuestCache, script: string): Uint8Array {
+export function buildInitramfs(
+  cache: GuestCache,
+  script: string,
+  hasNetwork = false,
+): Uint8Array {
   const archive = new CpioArchive();
   const folders = ["bin", "dev", "proc", "sys", "lib", "lib/modules", "tmp"];
   for (const folder of [...folders, "mnt"]) archive.folder(folder);
@@ -82,7 +88,8 @@ export function buildInitramfs(cache: GuestCache, script: string): Uint8Array {
   }
   archive.file("bin/verify", readFileSync(cache.verify), 0o755);
   const order: string[] = [];
-  for (const { name, bytes } of modulesWithNeeded(cache, MODULES)) {
+  const wanted = hasNetwork ? [...MODULES, ...NETWORK_MODULES] : MODULES;
+  for (const { name, bytes } of modulesWithNeeded(cache, wanted)) {
     archive.file(`lib/modules/${name}.ko`, bytes);
     order.push(`/lib/modules/${name}.ko`);
   }
