@@ -77,15 +77,13 @@ export async function serveNet(options: NetArguments): Promise<void> {
         pollMicroseconds,
         onError: report,
       });
-      const { device, features, protocolFeatures, queueCount } = nic;
+      const { device, ...offered } = nic;
       targets.push(
         await registerTarget({
           transport: "vhost-user",
           address,
           connect: options.isConnecting,
-          features,
-          protocolFeatures,
-          queueCount,
+          ...offered,
           device(connected) {
             if (endsWithConnection) {
               connected.signal.addEventListener("abort", end);

@@ -28,6 +28,7 @@ export interface QueueSetup {
   readonly runId?: number;
   readonly pollMicroseconds?: number;
   logAddress(): Gpa | null;
+  isEnabled(): boolean;
   setHostNotifier(area: HostNotifier | null): Promise<void>;
   call(): void;
   fail(reason: string, cause?: unknown): void;
@@ -199,6 +200,14 @@ export class Queue {
         `Cannot set the host notifier of queue ${this.index}: it is stopped`,
       ),
     );
+  }
+
+  /**
+   * False while the front-end has disabled the ring, which it then still runs
+   * if `runsDisabledRings` says so: requests go back, and nothing else is done.
+   */
+  get isEnabled(): boolean {
+    return this.#isStarted && this.#setup.isEnabled();
   }
 
   /** `fail` was called: no kick is delivered any more. */

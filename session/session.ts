@@ -53,6 +53,8 @@ export interface SessionOptions {
   /** PAGEFAULT is offered. */
   readonly postcopy: boolean;
   readonly queueCount: number;
+  /** See `DeviceOptions.runsDisabledRings`. */
+  readonly runsDisabledRings: boolean;
   readonly device: (device: Device) => TargetOps;
   /** Bytes of `Device.shared`. */
   readonly sharedBytes: number;
@@ -120,7 +122,11 @@ export class Session {
     this.options = options;
     this.vrings = Array.from(
       { length: options.queueCount },
-      (_, index) => new Vring(index),
+      (_, index) =>
+        new Vring(
+          index,
+          options.runsDisabledRings && !options.isServedElsewhere,
+        ),
     );
     let close = () => {};
     this.#closed = new Promise((resolve) => close = resolve);
@@ -355,6 +361,7 @@ export class Session {
           : null;
       },
       isPolled: vring.kick.kind === "polled",
+      isEnabled: () => vring.isEnabled,
       memory: this.memory,
       inflight: this.inflight.handleOf(vring.index),
       pollMicroseconds: this.options.pollMicroseconds,

@@ -93,6 +93,13 @@ export interface DeviceOptions {
   /** Queues at most, 1 to 256; 1 unless given. */
   readonly queueCount?: number;
   /**
+   * Whether rings run while they are disabled (`queue.isEnabled`), as those of
+   * a network card do: frames sent are dropped, none are received. Otherwise,
+   * unless given and in Workers, a disabled ring is a stopped one. Enabling
+   * such a ring calls `queueKick`.
+   */
+  readonly runsDisabledRings?: boolean;
+  /**
    * Called once per front-end that connects; what it returns is the user's
    * device. Or the module that exports such a function, which Workers need.
    */
@@ -226,6 +233,7 @@ export class Target {
         sharedMemory: this.#options.sharedMemory ?? [],
         postcopy: this.#options.postcopy ?? false,
         queueCount: this.#options.queueCount ?? 1,
+        runsDisabledRings: this.#options.runsDisabledRings ?? false,
         device: (device) => this.#makeDevice(device),
         sharedBytes: sharedBytesOf(this.#options.device),
         isServedElsewhere: this.#pool !== undefined,

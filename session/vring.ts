@@ -47,13 +47,17 @@ export class Vring {
   /** The last stop left requests in the inflight region. */
   hasLeftInFlight = false;
 
-  constructor(index: number) {
+  /** The device runs it while it is disabled too, without side effects. */
+  readonly runsDisabled: boolean;
+
+  constructor(index: number, runsDisabled = false) {
     this.index = index;
+    this.runsDisabled = runsDisabled;
   }
 
   /** Whether everything is set that a start needs, memory aside. */
   get isReady(): boolean {
-    return this.isEnabled && this.isSetUp;
+    return (this.isEnabled || this.runsDisabled) && this.isSetUp;
   }
 
   /** The same for a ring that is disabled. */

@@ -63,6 +63,8 @@ export interface Net {
   /** vhost-user's: RARP, NET_MTU and, for migration, LOG_SHMFD. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
+  /** A disabled queue's frames are dropped. */
+  readonly runsDisabledRings: true;
   /** Makes the device of a front-end. */
   readonly device: (device: Device) => TargetOps;
   /** What went through it. */
@@ -150,6 +152,7 @@ export function netDevice(options: NetOptions): Net {
     ),
     // And the control queue.
     queueCount: 2 * properties.pairCount + 1,
+    runsDisabledRings: true,
     device(device) {
       const made = new NetDevice(device, nic, () => connected.delete(made));
       connected.add(made);

@@ -9,7 +9,7 @@
 import { constants, layouts } from "../../ffi/abi.gen.ts";
 import { core } from "../../ffi/core.ts";
 import { Errno } from "../../ffi/errors.ts";
-import type { StartedQueue } from "../../virtqueue/mod.ts";
+import type { Queue } from "../../session/queue.ts";
 import {
   activate,
   deactivate,
@@ -22,6 +22,7 @@ import {
   lastAvailable,
 } from "../../virtqueue/virtqueue.ts";
 import { type Frames, sharedFrames } from "./frames.ts";
+import { droppedCounter } from "./statistics.ts";
 
 /** What the core leaves in the first words of the scratch area. */
 const progress = {
@@ -41,12 +42,12 @@ const scratch = new Uint32Array(
 
 /** A started queue whose ring only bursts use. */
 class FrameRing {
-  readonly queue: StartedQueue;
+  readonly queue: Queue;
   protected readonly ring: number;
   protected isOpen = true;
   protected isBroken = false;
 
-  protected constructor(queue: StartedQueue, headerBytes: number) {
+  protected constructor(queue: Queue, headerBytes: number) {
     this.queue = queue;
     this.ring = createRing(queue, { headerBytes, isResumed: true });
     core.ringDisarm(this.ring);
@@ -127,7 +128,7 @@ export class TransmitQueue extends FrameRing implements Turn {
    * @param flags what the guest may leave undone, as `net_receive` takes it
    * @throws Vhost2Error SYSTEM when the ring cannot be used as it is
    */
-  constructor(queue: StartedQueue, options: {
+  constructor(queue: Queue, options: {
     readonly headerBytes: number;
     readonly flags: number;
     readonly counts: Float64Array<ArrayBuffer>;
@@ -184,6 +185,11 @@ export class TransmitQueue extends FrameRing implements Turn {
     );
     if (!this.settle(result)) return 0;
     frames.count = scratch[progress.frames];
+    if (!this.queue.isEnabled) {
+      // A disabled ring has no side effects: what is sent is lost.
+      this.#counts[droppedCounter] += frames.count;
+      frames.count = 0;
+    }
     return scratch[progress.chains];
   }
 
@@ -264,6 +270,7 @@ export class ReceiveQueue extends FrameRing {
   readonly #counts: Float64Array<ArrayBuffer>;
   readonly #ready: () => void;
   #isReadyWanted = false;
+  #wasEnabled: boolean;
   #pollTimer: ReturnType<typeof setTimeout> | undefined;
 
   /**
@@ -271,7 +278,7 @@ export class ReceiveQueue extends FrameRing {
    * @param ready buffers came, after some were lacking
    * @throws Vhost2Error SYSTEM when the ring cannot be used as it is
    */
-  constructor(queue: StartedQueue, options: {
+  constructor(queue: Queue, options: {
     readonly flags: number;
     readonly counts: Float64Array<ArrayBuffer>;
     readonly ready: () => void;
@@ -280,11 +287,19 @@ export class ReceiveQueue extends FrameRing {
     this.#flags = options.flags;
     this.#counts = options.counts;
     this.#ready = options.ready;
+    this.#wasEnabled = queue.isEnabled;
+  }
+
+  /** A disabled ring gets no frames. */
+  override get isUsable(): boolean {
+    return super.isUsable && this.queue.isEnabled;
   }
 
   /** The driver kicked: it gave buffers. */
   kick(): void {
-    if (!this.isUsable || !this.#isReadyWanted) return;
+    const isChanged = this.#wasEnabled !== this.queue.isEnabled;
+    this.#wasEnabled = this.queue.isEnabled;
+    if (!this.isUsable || !(this.#isReadyWanted || isChanged)) return;
     this.#isReadyWanted = false;
     core.ringDisarm(this.ring);
     this.#ready();

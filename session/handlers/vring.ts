@@ -205,6 +205,13 @@ export async function setEnable(
   if (num > 1) throw new Refusal(`enable must be 0 or 1, not ${num}`);
   const vring = session.vrings[index];
   // QEMU disables a ring before it says how it is to be stopped.
+  if (vring.runsDisabled) {
+    vring.forgetFailure();
+    const isNew = num === 1 && !vring.isEnabled;
+    vring.isEnabled = num === 1;
+    if (isNew) session.kick(vring);
+    return;
+  }
   if (num === 0) {
     const features = session.ackedProtocolFeatures;
     const feature = ProtocolFeature.GET_VRING_BASE_INFLIGHT;

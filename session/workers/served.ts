@@ -157,6 +157,8 @@ export class ServedQueue {
       availableRing: area("available"),
       usedRing: area("used"),
       base: message.base,
+      // Here a ring runs only while it is enabled.
+      isEnabled: () => true,
       isPolled: message.isPolled,
       isLogged: message.isLogged,
       inflight: message.inflight,

@@ -321,3 +321,24 @@ test("a front-end that goes in the middle leaves nothing behind", async () => {
   await card.send(frameOf(60));
   await card.receive();
 });
+
+test("a disabled queue's frames are dropped, and it receives none", async () => {
+  await using served = await ServedNet.start({ end: echoEnd(), numQueues: 2 });
+  const card = await served.card({ pairCount: 2 });
+  const { connection } = card.device;
+  const dropped = () => served.nic.statistics.snapshot().fromGuest.dropped;
+  // The first pair: what is sent goes back to the driver at once.
+  await connection.setVringEnable(1, false, { ack: true });
+  await within(card.send(frameOf(60)), "a frame that is dropped");
+  assert.equal(dropped(), 1);
+  await connection.setVringEnable(1, true, { ack: true });
+  // What comes for a pair that receives none comes by another.
+  await connection.setVringEnable(0, false, { ack: true });
+  await card.send(frameOf(60));
+  assert.equal((await within(card.receive(), "by the other")).pair, 1);
+  await connection.setVringEnable(0, true, { ack: true });
+  await card.send(frameOf(60));
+  assert.equal((await within(card.receive(), "by its own")).pair, 0);
+  assert.equal(dropped(), 1);
+  assert.equal(card.pending, 0);
+});
