@@ -30,6 +30,8 @@ const burst = layout.net_burst_maximum;
 /// read their fields as words.
 const frame_alignment = 16;
 
+const chains_ahead = 4;
+
 /// The requests that one pop has left in the scratch area.
 const Chains = struct {
     words: [*]u32,
@@ -39,10 +41,11 @@ const Chains = struct {
     count: u32,
 
     fn init(ring: *const rings.Ring, scratch: [*]u32, scratch_words: u32) ?Chains {
-        if (scratch_words < progress_words) return null;
+        const taken = progress_words + Completions.words;
+        if (scratch_words < taken) return null;
         return .{
-            .words = scratch + progress_words,
-            .word_count = scratch_words - progress_words,
+            .words = scratch + taken,
+            .word_count = scratch_words - taken,
             .stride = chain.recordStride(ring.header_bytes),
             .segments = undefined,
             .count = 0,
@@ -66,6 +69,18 @@ const Chains = struct {
         return @ptrCast(self.words + @as(usize, index) * self.stride + chain.request_words);
     }
 
+    /// The first bytes of a chain's first buffer, some chains ahead, begin to
+    /// come from the driver's processor.
+    inline fn prefetch(self: *const Chains, table: *const memory.Table, index: u32, comptime rw: std.builtin.PrefetchOptions.Rw) void {
+        if (index + chains_ahead >= self.count) return;
+        const record = self.at(index + chains_ahead);
+        const segment = &self.segments[record.segment_first];
+        if (record.readable_count + record.writable_count == 0) return;
+        const pointer = table.pointerOf(segment.view, segment.offset, 1) orelse return;
+        @prefetch(pointer, .{ .rw = rw });
+        @prefetch(pointer + 64, .{ .rw = rw });
+    }
+
     /// Those from `first` on stay in the ring.
     fn keep(self: *Chains, ring: *rings.Ring, first: u32) void {
         while (self.count > first) {
@@ -75,10 +90,17 @@ const Chains = struct {
     }
 };
 
-/// What goes back to the driver at the end.
+/// What goes back to the driver at the end; in the scratch area, as a list of
+/// its own on the stack would be cleared for each burst.
 const Completions = struct {
-    list: [burst]layout.Completion = undefined,
+    list: [*]layout.Completion,
     count: u32 = 0,
+
+    const words = burst * @sizeOf(layout.Completion) / 4;
+
+    fn init(scratch: [*]u32) Completions {
+        return .{ .list = @ptrCast(scratch + progress_words) };
+    }
 
     inline fn add(self: *Completions, head: u32, written: u32) void {
         self.list[self.count] = .{ .head = head, .written = written };
@@ -88,7 +110,7 @@ const Completions = struct {
     /// Returns 0, or a negative errno.
     fn push(self: *Completions, handle: u32, progress: *Progress) i32 {
         if (self.count == 0) return 0;
-        const result = rings.push(handle, &self.list, self.count);
+        const result = rings.push(handle, self.list, self.count);
         progress.chains += self.count;
         self.count = 0;
         if (result < 0) return result;
@@ -113,10 +135,11 @@ pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Fram
     defer ring.memory.leave();
     const popped = chains.pop(handle, max);
     if (popped <= 0) return popped;
-    var completions: Completions = .{};
+    var completions: Completions = .init(scratch);
     var position: u32 = 0;
     var index: u32 = 0;
     while (index < chains.count) : (index += 1) {
+        chains.prefetch(table, index, .read);
         const record = chains.at(index);
         const length = record.readable_bytes;
         const header = checkedHeader(&chains, index, ring.header_bytes, flags) orelse {
@@ -223,6 +246,7 @@ pub fn send(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]const F
         .flags = flags,
         .counts = counts,
         .progress = progress,
+        .completions = .init(scratch),
     };
     defer ring.memory.leave();
     return sender.run();
@@ -238,7 +262,7 @@ const Sender = struct {
     flags: u32,
     counts: *Counts,
     progress: *Progress,
-    completions: Completions = .{},
+    completions: Completions,
 
     fn run(self: *Sender) i32 {
         // How many chains are popped at once: as many as frames, until one
@@ -276,6 +300,7 @@ const Sender = struct {
         const size: u32 = if (self.flags & layout.flag_net_short_header != 0) header_size - 2 else header_size;
         var index: u32 = 0;
         while (index < self.chains.count and self.progress.frames < self.frames.len) {
+            self.chains.prefetch(self.table, index, .write);
             const frame = self.frames[self.progress.frames];
             const bytes = (self.buffer + frame.offset)[0..frame.length];
             var header = self.prepared(bytes) orelse {

@@ -19,7 +19,7 @@ const buffer_size = 16 + layout.net_frame_maximum;
 
 /// The caller's side: a buffer with room for one longest frame.
 const Caller = struct {
-    scratch: [8192 + 16]u32 = undefined,
+    scratch: [8192 + 16 + 512]u32 = undefined,
     frames: [64]layout.Frame = undefined,
     buffer: [buffer_size]u8 align(16) = undefined,
     counts: layout.NetCounts = std.mem.zeroes(layout.NetCounts),

@@ -37,6 +37,7 @@ const segmentWords = 2048 * layouts.Segment.byteSize / 4;
 /** The isolate's: used up inside each call. */
 const scratch = new Uint32Array(
   layouts.NetProgress.byteSize / 4 +
+    constants.netBurstMaximum * layouts.Completion.byteSize / 4 +
     constants.netBurstMaximum * recordWords + segmentWords,
 );
 
