@@ -233,7 +233,12 @@ const recipes: Readonly<Record<FrontendRequestName, Recipe>> = {
     },
     // With it the entry would lead to a guest address.
     protocolFeatures: ~featureMask(ProtocolFeature.GPA_ADDRESSES),
-    before: ({ guest }) => guest.sendMemory(),
+    before: async ({ guest }) => {
+      const { connection, features } = guest;
+      const platform = featureMask(VirtioFeature.ACCESS_PLATFORM);
+      await connection.setFeatures(features | platform, { ack: true });
+      await guest.sendMemory();
+    },
     payload: ({ guest }) => ({
       iova: 0n,
       size: BigInt(page),
