@@ -38,6 +38,8 @@ const sources = [
   "cli",
   "devices",
   "ffi",
+  "driver",
+  "pci",
   "frontend",
   "protocol",
   "session",

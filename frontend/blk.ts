@@ -13,7 +13,7 @@ import {
   VhostUserDevice,
   type VhostUserDeviceOptions,
 } from "./device.ts";
-import type { QueueDriver } from "./queue_driver.ts";
+import type { QueueDriver } from "../driver/queue_driver.ts";
 
 export { BlkFeature };
 

@@ -23,10 +23,13 @@ import {
   GuestRam,
   type RamRegion,
   type RamRegionOptions,
-} from "./guest_ram.ts";
-import { PackedDriver } from "./packed_driver.ts";
-import type { QueueDriver, QueueDriverOptions } from "./queue_driver.ts";
-import { SplitDriver } from "./split_driver.ts";
+} from "../driver/guest_ram.ts";
+import { PackedDriver } from "../driver/packed_driver.ts";
+import type {
+  QueueDriver,
+  QueueDriverOptions,
+} from "../driver/queue_driver.ts";
+import { SplitDriver } from "../driver/split_driver.ts";
 
 /** Bits of the device status (VIRTIO 1.3 section 2.1). */
 export const DeviceStatus = {

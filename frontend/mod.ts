@@ -15,7 +15,7 @@ export * from "./net.ts";
 export * from "./device.ts";
 
 // Its parts: memory, the driver's side of a ring, messages.
-export * from "./guest_ram.ts";
+export * from "../driver/guest_ram.ts";
 export * from "./dirty_log.ts";
 export {
   type ChainOptions,
@@ -28,9 +28,9 @@ export {
   type QueueDriverOptions,
   type RingLayout,
   type UsedElement,
-} from "./queue_driver.ts";
-export * from "./split_driver.ts";
-export * from "./packed_driver.ts";
+} from "../driver/queue_driver.ts";
+export * from "../driver/split_driver.ts";
+export * from "../driver/packed_driver.ts";
 export {
   AVAILABLE_FLAG_NO_INTERRUPT,
   type Descriptor,
@@ -38,14 +38,14 @@ export {
   type SplitAddresses,
   SplitLayout,
   USED_FLAG_NO_NOTIFY,
-} from "./split_layout.ts";
+} from "../driver/split_layout.ts";
 export {
   EventFlag,
   type EventSuppression,
   type PackedDescriptor,
   PackedFlag,
   PackedLayout,
-} from "./packed_layout.ts";
+} from "../driver/packed_layout.ts";
 export * from "./connection.ts";
 export * from "./page_faults.ts";
 export * from "./message_socket.ts";

@@ -13,10 +13,12 @@ const allowed: Record<string, readonly string[]> = {
   ffi: [],
   protocol: [],
   virtqueue: ["ffi"],
-  transports: ["protocol", "ffi"],
+  driver: ["protocol", "ffi"],
+  pci: ["driver", "protocol", "ffi"],
+  transports: ["pci", "driver", "protocol", "ffi"],
   session: ["transports", "protocol", "ffi"],
   devices: ["virtqueue", "protocol", "ffi", "session"],
-  frontend: ["protocol", "ffi", "transports"],
+  frontend: ["driver", "pci", "protocol", "ffi", "transports"],
 };
 
 function sources(folder: string): string[] {

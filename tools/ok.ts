@@ -17,6 +17,8 @@ const folders = [
   "session",
   "virtqueue",
   "devices",
+  "driver",
+  "pci",
   "frontend",
   "ffi/errors.ts",
 ];

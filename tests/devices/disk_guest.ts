@@ -16,8 +16,8 @@ import {
   type DiskObject,
 } from "../../devices/mod.ts";
 import { FrontendConnection } from "../../frontend/connection.ts";
-import { GuestRam } from "../../frontend/guest_ram.ts";
-import { SplitDriver } from "../../frontend/split_driver.ts";
+import { GuestRam } from "../../driver/guest_ram.ts";
+import { SplitDriver } from "../../driver/split_driver.ts";
 import { registerTarget, type Target, type TargetOptions } from "../../mod.ts";
 import { gpa, ringAddress } from "../../protocol/address.ts";
 

@@ -15,7 +15,7 @@ import {
   FileOperation,
 } from "../../ffi/file_engine.ts";
 import { GuestMemory } from "../../ffi/guest_memory.ts";
-import { GuestRam } from "../../frontend/guest_ram.ts";
+import { GuestRam } from "../../driver/guest_ram.ts";
 import { constants } from "../../ffi/abi.gen.ts";
 import { eventLoop } from "../../ffi/event_loop.ts";
 import { test } from "../harness.ts";

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { core } from "../../ffi/core.ts";
-import { GuestAllocator } from "../../frontend/guest_allocator.ts";
+import { GuestAllocator } from "../../driver/guest_allocator.ts";
 import { GuestRam } from "../../frontend/mod.ts";
 import { isNode, test } from "../harness.ts";
 import {

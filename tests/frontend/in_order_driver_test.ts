@@ -8,7 +8,7 @@ import {
   SplitDriver,
   VirtioFeature,
 } from "../../frontend/mod.ts";
-import { usedFlags } from "../../frontend/packed_layout.ts";
+import { usedFlags } from "../../driver/packed_layout.ts";
 import { test } from "../harness.ts";
 import { withoutDescriptorLeak } from "../support/descriptors.ts";
 

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import type { FrontendConnection } from "../../frontend/connection.ts";
-import type { RamRegion } from "../../frontend/guest_ram.ts";
+import type { RamRegion } from "../../driver/guest_ram.ts";
 import type { World } from "./world.ts";
 
 /** u32s, little-endian. */

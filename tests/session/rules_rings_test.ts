@@ -18,7 +18,7 @@ import {
   requestOps,
   VirtioFeature,
 } from "../../mod.ts";
-import { writePackedDescriptor } from "../../frontend/packed_layout.ts";
+import { writePackedDescriptor } from "../../driver/packed_layout.ts";
 import { test } from "../harness.ts";
 import { Events, within } from "../support/wait.ts";
 import { deferred } from "./deferred.ts";

@@ -13,7 +13,7 @@ import {
   type QueueDriver,
   SplitDriver,
 } from "../../frontend/mod.ts";
-import { positionAfter, stepsBetween } from "../../frontend/packed_layout.ts";
+import { positionAfter, stepsBetween } from "../../driver/packed_layout.ts";
 import type { Random } from "../hostile/random.ts";
 
 /** What was asked for, and as of when. */

@@ -34,6 +34,8 @@ export interface QueueDriverOptions {
   readonly addresses?: DriverAddresses;
   /** Watches the call eventfd; true unless given. Otherwise call `poll`. */
   readonly usesCalls?: boolean;
+  /** Kicks the device, where that is no eventfd but a register. */
+  readonly notify?: () => void;
 }
 
 /** One buffer of a chain, somewhere in guest memory. */
@@ -118,7 +120,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   readonly ram: GuestRam;
   readonly queueSize: number;
   readonly features: bigint;
-  /** Eventfd for SET_VRING_KICK. */
+  /** Eventfd for SET_VRING_KICK; -1 where `notify` takes its place. */
   readonly kickFd: number;
   /** Eventfd for SET_VRING_CALL. */
   readonly callFd: number;
@@ -134,6 +136,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   /** IN_ORDER: buffers are used in the order in which they were available. */
   protected readonly isInOrder: boolean;
   protected readonly usesCalls: boolean;
+  readonly #notify: (() => void) | undefined;
   readonly #ownedSizes: Readonly<Record<keyof DriverAddresses, number>> | null;
   readonly #watch: Watch | undefined;
   readonly #inFlight = new Map<number, InFlight>();
@@ -166,10 +169,13 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
     this.isInOrder = hasFeature(options.features, VirtioFeature.IN_ORDER);
     this.usesCalls = options.usesCalls ?? true;
     this.#ownedSizes = options.addresses === undefined ? ownedSizes : null;
-    this.kickFd = check(core.eventfdCreate(), "Cannot make a kick eventfd");
+    this.#notify = options.notify;
+    this.kickFd = options.notify === undefined
+      ? check(core.eventfdCreate(), "Cannot make a kick eventfd")
+      : -1;
     this.callFd = core.eventfdCreate();
     if (this.callFd < 0) {
-      core.descriptorClose(this.kickFd);
+      if (this.kickFd >= 0) core.descriptorClose(this.kickFd);
       check(this.callFd, "Cannot make a call eventfd");
     }
     if (this.usesCalls) {
@@ -302,7 +308,8 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   /** Kicks whatever the device wants. */
   kick(): void {
     if (!this.#isOpen) return;
-    core.eventfdSignal(this.kickFd);
+    if (this.#notify === undefined) core.eventfdSignal(this.kickFd);
+    else this.#notify();
     this.#kicks++;
   }
 
@@ -348,7 +355,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
     if (!this.#isOpen) return;
     this.#isOpen = false;
     this.#watch?.close();
-    core.descriptorClose(this.kickFd);
+    if (this.kickFd >= 0) core.descriptorClose(this.kickFd);
     core.descriptorClose(this.callFd);
     this.#rejectAll(
       new Vhost2Error("CLOSED", "Cannot complete a request: the driver closed"),
