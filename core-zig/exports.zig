@@ -22,6 +22,7 @@ const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
 const net = @import("net/burst.zig");
 const tap = @import("net/tap.zig");
+const vfio = @import("vfio/vfio.zig");
 
 pub const panic = process.panic;
 
@@ -84,6 +85,7 @@ pub const manifest = .{
     .{ "memory_destroy", memory.destroy, "memory" },
     .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
     .{ "map_shared", memory.mapShared, "fd size address_out" },
+    .{ "map_over", memory.mapOver, "address size fd file_offset" },
     .{ "unmap", memory.unmap, "address size" },
 
     // Postcopy: the back-end's side, then the front-end's
@@ -132,6 +134,23 @@ pub const manifest = .{
     .{ "tap_read", tap.read, "fd frames max buffer buffer_size" },
     .{ "tap_write", tap.write, "fd frames first count buffer buffer_size dropped_out" },
 
+    // PCI devices by VFIO
+    .{ "vfio_group_open", vfio.groupOpen, "number failure_out" },
+    .{ "vfio_group_info", vfio.groupInfo, "group info_out ranges_out capacity" },
+    .{ "vfio_group_close", vfio.groupClose, "group" },
+    .{ "vfio_dma_map", vfio.dmaMap, "group address size iova" },
+    .{ "vfio_dma_unmap", vfio.dmaUnmap, "group size iova" },
+    .{ "vfio_device_open", vfio.deviceOpen, "group name name_length failure_out" },
+    .{ "vfio_device_info", vfio.deviceInfo, "device info_out" },
+    .{ "vfio_map_registers", vfio.mapRegisters, "device bar limit" },
+    .{ "vfio_map_memory", vfio.mapMemory, "device bar offset size address_out" },
+    .{ "vfio_read", vfio.read, "device region offset width" },
+    .{ "vfio_write", vfio.write, "device region offset width value" },
+    .{ "vfio_interrupts", vfio.interrupts, "device kind fds count" },
+    .{ "vfio_unmask", vfio.unmask, "device" },
+    .{ "vfio_reset", vfio.reset, "device" },
+    .{ "vfio_device_close", vfio.deviceClose, "device" },
+
     // The other side of the ring, for load generation (frontend/)
     .{ "load_run", driver.run, "config result_out" },
 };
@@ -161,4 +180,5 @@ test {
     _ = driver;
     _ = net;
     _ = tap;
+    _ = vfio;
 }

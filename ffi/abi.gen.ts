@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 2032838472;
+export const abiHash = 1774379190;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -270,6 +270,12 @@ export const functions = {
     names: "fd, size, addressOut",
     result: "i32",
   },
+  mapOver: {
+    symbol: "vhost2_map_over",
+    parameters: ["u64", "f64", "i32", "f64"],
+    names: "address, size, fd, fileOffset",
+    result: "i32",
+  },
   unmap: {
     symbol: "vhost2_unmap",
     parameters: ["u64", "f64"],
@@ -478,6 +484,96 @@ export const functions = {
     symbol: "vhost2_tap_write",
     parameters: ["i32", "buffer", "u32", "u32", "buffer", "u32", "buffer"],
     names: "fd, frames, first, count, buffer, bufferSize, droppedOut",
+    result: "i32",
+  },
+  vfioGroupOpen: {
+    symbol: "vhost2_vfio_group_open",
+    parameters: ["u32", "buffer"],
+    names: "number, failureOut",
+    result: "i32",
+  },
+  vfioGroupInfo: {
+    symbol: "vhost2_vfio_group_info",
+    parameters: ["u32", "buffer", "buffer", "u32"],
+    names: "group, infoOut, rangesOut, capacity",
+    result: "i32",
+  },
+  vfioGroupClose: {
+    symbol: "vhost2_vfio_group_close",
+    parameters: ["u32"],
+    names: "group",
+    result: "i32",
+  },
+  vfioDmaMap: {
+    symbol: "vhost2_vfio_dma_map",
+    parameters: ["u32", "u64", "f64", "u64"],
+    names: "group, address, size, iova",
+    result: "i32",
+  },
+  vfioDmaUnmap: {
+    symbol: "vhost2_vfio_dma_unmap",
+    parameters: ["u32", "f64", "u64"],
+    names: "group, size, iova",
+    result: "i32",
+  },
+  vfioDeviceOpen: {
+    symbol: "vhost2_vfio_device_open",
+    parameters: ["u32", "buffer", "u32", "buffer"],
+    names: "group, name, nameLength, failureOut",
+    result: "i32",
+  },
+  vfioDeviceInfo: {
+    symbol: "vhost2_vfio_device_info",
+    parameters: ["u32", "buffer"],
+    names: "device, infoOut",
+    result: "i32",
+  },
+  vfioMapRegisters: {
+    symbol: "vhost2_vfio_map_registers",
+    parameters: ["u32", "u32", "f64"],
+    names: "device, bar, limit",
+    result: "i32",
+  },
+  vfioMapMemory: {
+    symbol: "vhost2_vfio_map_memory",
+    parameters: ["u32", "u32", "f64", "f64", "buffer"],
+    names: "device, bar, offset, size, addressOut",
+    result: "i32",
+  },
+  vfioRead: {
+    symbol: "vhost2_vfio_read",
+    parameters: ["u32", "u32", "f64", "u32"],
+    names: "device, region, offset, width",
+    result: "f64",
+  },
+  vfioWrite: {
+    symbol: "vhost2_vfio_write",
+    parameters: ["u32", "u32", "f64", "u32", "u32"],
+    names: "device, region, offset, width, value",
+    result: "i32",
+  },
+  vfioInterrupts: {
+    symbol: "vhost2_vfio_interrupts",
+    parameters: ["u32", "u32", "buffer", "u32"],
+    names: "device, kind, fds, count",
+    result: "i32",
+  },
+  vfioUnmask: {
+    symbol: "vhost2_vfio_unmask",
+    parameters: ["u32"],
+    names: "device",
+    result: "i32",
+  },
+  vfioReset: {
+    symbol: "vhost2_vfio_reset",
+    parameters: ["u32"],
+    names: "device",
+    result: "i32",
+  },
+  vfioDeviceClose: {
+    symbol: "vhost2_vfio_device_close",
+    parameters: ["u32"],
+    names: "device",
     result: "i32",
   },
   loadRun: {
@@ -691,6 +787,37 @@ export const layouts = {
     meanNs: 56,
     position: 64,
   },
+  VfioFailure: {
+    byteSize: 16,
+    step: 0,
+    errno: 4,
+    value: 8,
+    reserved: 12,
+  },
+  IovaRange: {
+    byteSize: 16,
+    start: 0,
+    last: 8,
+  },
+  VfioGroupInfo: {
+    byteSize: 16,
+    pageSize: 0,
+    rangeCount: 8,
+    reserved: 12,
+  },
+  VfioDeviceInfo: {
+    byteSize: 64,
+    intxCount: 0,
+    msixCount: 4,
+    requestCount: 8,
+    hasReset: 12,
+    barSize0: 16,
+    barSize1: 24,
+    barSize2: 32,
+    barSize3: 40,
+    barSize4: 48,
+    barSize5: 56,
+  },
 } as const;
 
 export const constants = {
@@ -718,6 +845,7 @@ export const constants = {
   refuseMmap: 10,
   refuseQuarantine: 11,
   refuseMappings: 12,
+  refuseAddress: 13,
   refuseUserfault: 13,
   memoryOk: 0,
   memoryFaulted: 1,
@@ -783,4 +911,25 @@ export const constants = {
   flagLoadSpin: 2,
   flagLoadVerify: 4,
   loadPositionLost: 4294967295,
+  vfioContainer: 1,
+  vfioApi: 2,
+  vfioIommuType: 3,
+  vfioGroup: 4,
+  vfioGroupStatus: 5,
+  vfioGroupViable: 6,
+  vfioSetContainer: 7,
+  vfioSetIommu: 8,
+  vfioIommuInfo: 9,
+  vfioDeviceFd: 10,
+  vfioDeviceInfo: 11,
+  vfioRegionInfo: 12,
+  vfioIrqInfo: 13,
+  vfioConfigSpace: 14,
+  vfioMapRegion: 15,
+  vfioObjects: 16,
+  maxIovaRanges: 16,
+  interruptIntx: 0,
+  interruptMsix: 2,
+  interruptRequest: 4,
+  vfioConfigRegion: 7,
 } as const;

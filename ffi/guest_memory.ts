@@ -113,6 +113,8 @@ function refusal(region: RegionDescription | undefined): string {
       return `${value} bytes of old mappings are in quarantine (limit ${limit}; Node 22 or Deno need none)`;
     case constants.refuseMappings:
       return "this process holds too many mappings";
+    case constants.refuseAddress:
+      return `nothing is mapped at 0x${value.toString(16)}`;
     case constants.refuseUserfault:
       return `its pages cannot be watched for postcopy (${
         errnoName(Number(value))

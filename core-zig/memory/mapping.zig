@@ -114,8 +114,13 @@ pub const Mapping = struct {
     index: u32,
     phase: Phase = .free,
     is_detached: bool = false,
-    /// Somebody else's mapping (a PCI BAR): never unmapped or replaced here.
+    /// A part of a plain mapping (a PCI BAR), which is held as long.
     is_borrowed: bool = false,
+    parent: ?*Mapping = null,
+    /// Of a plain mapping, under the register's lock: how many have borrowed
+    /// of it, and whether one of them left views behind.
+    holds: u32 = 0,
+    has_views_left: bool = false,
 
     base: usize = 0,
     map_size: usize = 0,
@@ -141,11 +146,17 @@ pub const Mapping = struct {
             !self.is_zeroed.load(.acquire);
     }
 
+    /// Is it borrowed, from there, and still whole?
+    pub fn isBorrowedAt(self: *const Mapping, address: u64) bool {
+        const parent = self.parent orelse return false;
+        return self.address == address and !parent.is_zeroed.load(.acquire);
+    }
+
     /// Puts zero pages in the place of all its pages, in one step. Every
     /// pointer into it stays valid and shows nothing. Async-signal-safe.
     /// Anonymous pages even over huge ones: those may run out, these do not.
     pub fn replaceByZeros(self: *Mapping) bool {
-        if (self.is_borrowed) return true;
+        if (self.parent) |parent| return parent.replaceByZeros();
         if (!zeroRange(self.base, self.map_size)) return false;
         self.is_zeroed.store(true, .release);
         self.wakeSleepers();
@@ -183,16 +194,25 @@ pub const Mapping = struct {
 
     /// Ends the mapping and frees its slot.
     pub fn unmap(self: *Mapping) void {
-        if (!self.is_borrowed) {
-            self.unwatch();
-            _ = linux.munmap(@ptrFromInt(self.base), self.map_size);
-        }
+        self.unwatch();
+        if (!self.is_borrowed) _ = linux.munmap(@ptrFromInt(self.base), self.map_size);
+        const parent = self.parent;
         free(self);
+        if (parent) |lender| giveBack(lender, false);
+    }
+
+    /// Nobody needs a plain mapping any more.
+    fn end(self: *Mapping) void {
+        if (self.has_views_left) self.quarantine() else self.unmap();
     }
 
     /// For a view that could not be detached: zero pages stay there for ever.
     pub fn quarantine(self: *Mapping) void {
-        if (self.is_borrowed) return free(self);
+        if (self.parent) |parent| {
+            self.unwatch();
+            free(self);
+            return giveBack(parent, true);
+        }
         _ = quarantined.fetchAdd(self.map_size, .monotonic);
         // When even that fails the region stays as it is and stays watched,
         // for nobody.
@@ -264,6 +284,9 @@ fn free(slot: *Mapping) void {
     slot.references.store(0, .monotonic);
     slot.phase = .free;
     slot.is_borrowed = false;
+    slot.parent = null;
+    slot.holds = 0;
+    slot.has_views_left = false;
     slot.next = free_slots;
     free_slots = slot;
 }
@@ -296,15 +319,55 @@ pub fn mapFile(fd: i32, file: File, offset: u64, size: u64, health: ?*Health, co
     return slot;
 }
 
-/// A range that the caller has mapped and will unmap.
-pub fn borrow(address: u64, size: u64) ?*Mapping {
-    const slot = take() orelse return null;
+pub const BorrowError = error{ RegisterFull, Outside };
+
+/// A part of a plain mapping of ours, which stays mapped as long, even when
+/// its owner ends it. Any other address is refused.
+pub fn borrow(address: u64, size: u64, health: ?*Health) BorrowError!*Mapping {
+    const slot = take() orelse return error.RegisterFull;
+    const parent = findPlain(address, size, true) orelse {
+        free(slot);
+        return error.Outside;
+    };
     slot.is_borrowed = true;
+    slot.parent = parent;
     slot.base = address;
     slot.map_size = size;
     slot.address = address;
     slot.size = size;
+    slot.watch(health);
     return slot;
+}
+
+fn findPlain(address: u64, size: u64, is_held: bool) ?*Mapping {
+    lock.lock();
+    defer lock.unlock();
+    for (0..used.load(.monotonic)) |index| {
+        const slot = at(@intCast(index));
+        if (slot.phase != .plain or address < slot.address) continue;
+        const offset = address - slot.address;
+        if (offset > slot.size or size > slot.size - offset) continue;
+        if (is_held) slot.holds += 1;
+        return slot;
+    }
+    return null;
+}
+
+/// Whether a plain mapping of ours has all of the range.
+pub fn isPlain(address: u64, size: u64) bool {
+    return findPlain(address, size, false) != null;
+}
+
+/// One borrower less; the last one ends what the owner has given up.
+fn giveBack(parent: *Mapping, has_views_left: bool) void {
+    {
+        lock.lock();
+        defer lock.unlock();
+        parent.holds -= 1;
+        if (has_views_left) parent.has_views_left = true;
+        if (parent.holds > 0 or parent.phase != .released) return;
+    }
+    parent.end();
 }
 
 pub fn mapAnonymous(size: u64, code: *i32) MapError!*Mapping {
@@ -324,19 +387,64 @@ pub fn mapAnonymous(size: u64, code: *i32) MapError!*Mapping {
     return slot;
 }
 
-/// Takes the plain mapping of exactly this range away from its owner.
-pub fn takePlain(address: u64, size: u64) ?*Mapping {
+/// Ends the plain mapping of exactly this range, now or when nobody borrows of
+/// it any more; false when there is none.
+pub fn endPlain(address: u64, size: u64) bool {
+    const slot = takePlain(address, size) orelse return false;
+    if (slot.is_last) slot.mapping.end();
+    return true;
+}
+
+fn takePlain(address: u64, size: u64) ?struct { mapping: *Mapping, is_last: bool } {
     lock.lock();
     defer lock.unlock();
-    var index: u32 = 0;
-    while (index < used.load(.monotonic)) : (index += 1) {
-        const slot = at(index);
-        if (slot.phase == .plain and slot.address == address and slot.size == size) {
-            slot.phase = .released;
-            return slot;
-        }
+    for (0..used.load(.monotonic)) |index| {
+        const slot = at(@intCast(index));
+        if (slot.phase != .plain or slot.address != address or slot.size != size) continue;
+        slot.phase = .released;
+        return .{ .mapping = slot, .is_last = slot.holds == 0 };
     }
     return null;
+}
+
+extern fn getauxval(kind: c_ulong) c_ulong;
+
+/// Bytes of a page of this system. (Zig's own way needs a start-up of its own,
+/// which a library has not.)
+pub fn systemPage() u64 {
+    const AT_PAGESZ = 6;
+    const size: u64 = getauxval(AT_PAGESZ);
+    return if (std.math.isPowerOfTwo(size) and size <= page_size) size else 4096;
+}
+
+/// A part of a device's file, which is no file to inspect: registers, or a
+/// shared-memory BAR. `offset` and `size` are multiples of the system's page.
+pub fn mapDevice(fd: i32, offset: u64, size: u64, code: *i32) MapError!*Mapping {
+    const slot = take() orelse return error.RegisterFull;
+    const raw = linux.mmap(null, size, Prot, .{ .TYPE = .SHARED }, fd, @bitCast(offset));
+    if (sys.isError(raw)) {
+        code.* = sys.result(raw);
+        free(slot);
+        return error.System;
+    }
+    slot.base = raw;
+    slot.map_size = size;
+    slot.address = raw;
+    slot.size = size;
+    slot.watch(null);
+    return slot;
+}
+
+/// Puts `size` bytes of a file over a part of a plain mapping, or with `fd` -1
+/// zero pages. All are multiples of the system's page.
+pub fn mapOver(address: u64, size: u64, fd: i32, offset: u64) i32 {
+    const slot = findPlain(address, size, true) orelse return sys.fail(.INVAL);
+    defer giveBack(slot, false);
+    const page = systemPage();
+    if (size == 0 or (address | size | offset) % page != 0) return sys.fail(.INVAL);
+    if (fd < 0) return if (zeroRange(address, size)) 0 else sys.fail(.NOMEM);
+    const raw = linux.mmap(@ptrFromInt(address), size, Prot, .{ .TYPE = .SHARED, .NORESERVE = true, .FIXED = true }, fd, @bitCast(offset));
+    return if (sys.isError(raw)) sys.result(raw) else 0;
 }
 
 /// The slot becomes one that `takePlain` finds.
@@ -353,18 +461,22 @@ pub fn onFault(address: usize) bool {
     _ = handlers_inside.fetchAdd(1, .seq_cst);
     defer _ = handlers_inside.fetchSub(1, .seq_cst);
     const count = used.load(.acquire);
+    var is_ours = false;
     var index: u32 = 0;
     while (index < count) : (index += 1) {
         const slot = at(index);
         const start = slot.watch_start.load(.seq_cst);
         if (start == 0 or address < start or address >= slot.watch_end.load(.monotonic)) continue;
-        if (!zeroRange(start, slot.watch_end.load(.monotonic) - start)) return false;
+        // Who borrowed the range is told too; its lender has the pages.
+        if (!slot.is_borrowed) {
+            if (!zeroRange(start, slot.watch_end.load(.monotonic) - start)) return false;
+            is_ours = true;
+        }
         slot.is_zeroed.store(true, .release);
         slot.wakeSleepers();
         if (slot.health.load(.monotonic)) |health| health.fault();
-        return true;
     }
-    return false;
+    return is_ours;
 }
 
 test "a file is known by what it is, not by its descriptor" {

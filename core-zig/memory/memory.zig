@@ -471,9 +471,26 @@ fn plain(mapped: mapping.MapError!*Mapping, code: i32, address_out: *u64) i32 {
 /// Ends a mapping of `map_anonymous` or `map_shared`; -EINVAL for any other.
 pub fn unmap(address: u64, size: f64) callconv(.c) i32 {
     const length = bytes(size) orelse return sys.fail(.INVAL);
-    const slot = mapping.takePlain(address, length) orelse return sys.fail(.INVAL);
-    slot.unmap();
-    return 0;
+    return if (mapping.endPlain(address, length)) 0 else sys.fail(.INVAL);
+}
+
+/// Puts `size` bytes of a file from `file_offset` on over a part of a mapping
+/// of `map_anonymous`, or with `fd` -1 zero pages again: a window into which
+/// files come and go. All numbers are multiples of the system's page; who
+/// changes what is mapped must know that nobody reads it. The file must not
+/// be one that cannot be mapped safely (as in `memory_prepare`).
+pub fn mapOver(address: u64, size: f64, fd: i32, file_offset: f64) callconv(.c) i32 {
+    const length = bytes(size) orelse return sys.fail(.INVAL);
+    const offset = bytes(file_offset) orelse return sys.fail(.INVAL);
+    if (fd >= 0) {
+        var code: i32 = 0;
+        const file = mapping.File.inspect(fd, &code) catch |failure| switch (failure) {
+            error.Kind => return sys.fail(.INVAL),
+            error.System => return code,
+        };
+        if (file.size < offset or file.size - offset < length) return sys.fail(.INVAL);
+    }
+    return mapping.mapOver(address, length, fd, offset);
 }
 
 test {
@@ -487,4 +504,5 @@ test {
     _ = views;
     _ = @import("memory_test.zig");
     _ = @import("life_test.zig");
+    _ = @import("borrowed_test.zig");
 }

@@ -163,13 +163,15 @@ pub const Stage = struct {
         var region_mapping: *Mapping = undefined;
         if (request.flags & layout.flag_region_address != 0) {
             if (self.existing(request)) |found| {
-                if (found.is_borrowed and found.address == request.address) {
+                if (found.isBorrowedAt(request.address)) {
                     candidate.mapping = found;
                     return;
                 }
             }
-            region_mapping = mapping.borrow(request.address, request.size) orelse
-                return self.refuse(index, layout.refuse_mappings, 0, 0, .NOSPC, code);
+            region_mapping = mapping.borrow(request.address, request.size, self.health) catch |failure| switch (failure) {
+                error.RegisterFull => return self.refuse(index, layout.refuse_mappings, 0, 0, .NOSPC, code),
+                error.Outside => return self.refuse(index, layout.refuse_address, request.address, 0, .FAULT, code),
+            };
         } else {
             var errno: i32 = 0;
             const file = mapping.File.inspect(request.fd, &errno) catch |failure| switch (failure) {
