@@ -470,8 +470,7 @@ pub const vfio_device_info: u32 = 11; // errno 0: it is no PCI device
 pub const vfio_region_info: u32 = 12; // value = index
 pub const vfio_irq_info: u32 = 13; // value = index
 pub const vfio_config_space: u32 = 14; // it cannot be read, or it lies
-pub const vfio_map_region: u32 = 15; // value = index
-pub const vfio_objects: u32 = 16; // this process holds too many
+pub const vfio_objects: u32 = 15; // this process holds too many
 
 /// Where a device may reach through its IOMMU; `last` is inclusive.
 pub const IovaRange = extern struct {

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1774379190;
+export const abiHash = 1537643829;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -925,8 +925,7 @@ export const constants = {
   vfioRegionInfo: 12,
   vfioIrqInfo: 13,
   vfioConfigSpace: 14,
-  vfioMapRegion: 15,
-  vfioObjects: 16,
+  vfioObjects: 15,
   maxIovaRanges: 16,
   interruptIntx: 0,
   interruptMsix: 2,

@@ -1,0 +1,28 @@
+/**
+ * PCI devices from user space: VFIO, and a driver for modern virtio devices.
+ *
+ * @module
+ */
+
+// A device.
+export { openVfioDevice, VfioDevice } from "./vfio_device.ts";
+export * from "./pci_device.ts";
+
+// A virtio device.
+export {
+  type Condition,
+  VIRTIO_VENDOR,
+  VirtioPciDevice,
+  type VirtioPciOptions,
+} from "./virtio_pci_device.ts";
+export { NO_VECTOR, PciInterrupts } from "./interrupts.ts";
+export {
+  CapabilityType,
+  type VirtioCapabilities,
+  virtioCapabilities,
+  type VirtioCapability,
+} from "./virtio_capabilities.ts";
+export { DmaMemory } from "./dma_memory.ts";
+
+// Errors.
+export { type ErrorCode, Vhost2Error } from "../ffi/errors.ts";
