@@ -325,7 +325,7 @@ export class VfioDevice implements PciDevice {
 
 /**
  * Opens a PCI device that is bound to `vfio-pci`. Its registers are mapped,
- * its memory and bus master bits are set; nothing else is changed.
+ * it may answer on the bus and use DMA; nothing else of it is changed.
  *
  * @param address such as `0000:00:05.0`
  * @throws Vhost2Error OPTION for what is no address; SYSTEM, with what to do,
