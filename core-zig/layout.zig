@@ -43,7 +43,7 @@ pub const flag_region_address: u32 = 1;
 /// Why `memory_prepare` refused (`PrepareResult.reason`).
 pub const refuse_none: u32 = 0;
 pub const refuse_size_zero: u32 = 1;
-pub const refuse_address_wraps: u32 = 2;
+pub const refuse_userfault: u32 = 13; // postcopy cannot watch the file; value = errno
 pub const refuse_file_offset_wraps: u32 = 3;
 pub const refuse_file_too_small: u32 = 4; // value = file size, limit = bytes needed
 pub const refuse_file_kind: u32 = 5; // neither shared memory nor a regular file on a safe file system
@@ -54,8 +54,8 @@ pub const refuse_not_found: u32 = 9;
 pub const refuse_mmap: u32 = 10; // value = errno
 pub const refuse_quarantine: u32 = 11; // value = bytes in quarantine, limit = its bound
 pub const refuse_mappings: u32 = 12; // the process-wide table of mappings is full
-pub const refuse_address: u32 = 13; // value = the address, which is in no mapping of the core's
-pub const refuse_userfault: u32 = 13; // postcopy cannot watch the file; value = errno
+pub const refuse_address: u32 = 14; // value = the address, which is in no mapping of the core's
+pub const refuse_address_wraps: u32 = 2;
 
 pub const PrepareResult = extern struct {
     reason: u32,
