@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1537643829;
+export const abiHash = 1546173012;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -834,7 +834,7 @@ export const constants = {
   flagRegionAddress: 1,
   refuseNone: 0,
   refuseSizeZero: 1,
-  refuseAddressWraps: 2,
+  refuseUserfault: 13,
   refuseFileOffsetWraps: 3,
   refuseFileTooSmall: 4,
   refuseFileKind: 5,
@@ -845,8 +845,8 @@ export const constants = {
   refuseMmap: 10,
   refuseQuarantine: 11,
   refuseMappings: 12,
-  refuseAddress: 13,
-  refuseUserfault: 13,
+  refuseAddress: 14,
+  refuseAddressWraps: 2,
   memoryOk: 0,
   memoryFaulted: 1,
   memoryRevoked: 2,
