@@ -60,6 +60,8 @@ export {
 
 // How front-ends reach a target.
 export type {
+  PciVhostUserOptions,
+  ProfileName,
   ReconnectDelays,
   TransportName,
   TransportOptions,

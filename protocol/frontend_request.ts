@@ -142,12 +142,13 @@ export function findFrontendRow(id: number): FrontendRow | undefined {
 
 /**
  * Decodes the payload of a request whose gate is open, and checks how many
- * descriptors came with it. Never throws.
+ * descriptors came with it; null where the transport carries none at all.
+ * Never throws.
  */
 export function decodeFrontendRequest(
   row: FrontendRow,
   bytes: Uint8Array,
-  descriptorCount: number,
+  descriptorCount: number | null,
   context: WireContext,
 ): Decoded<FrontendMessage> {
   const decoded = decodePayload(row, bytes, descriptorCount, context);

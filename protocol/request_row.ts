@@ -223,11 +223,14 @@ export function checkDescriptors(
   return `${row.name} carries ${count} descriptors, needs ${needed}`;
 }
 
-/** Decodes a request's payload and checks its descriptors' number. */
+/**
+ * Decodes a request's payload and checks its descriptors' number, unless it is
+ * null: on a transport that carries none.
+ */
 export function decodePayload(
   row: RequestRow,
   bytes: Uint8Array,
-  descriptorCount: number,
+  descriptorCount: number | null,
   context: WireContext,
 ): Decoded<unknown> {
   const codec: Codec<unknown> = payloadCodecs[row.payload];
@@ -235,6 +238,7 @@ export function decodePayload(
   if (!decoded.ok) {
     return { ok: false, reason: `${row.name}: ${decoded.reason}` };
   }
+  if (descriptorCount === null) return decoded;
   const reason = checkDescriptors(row, decoded.value, descriptorCount);
   return reason === null ? decoded : { ok: false, reason };
 }

@@ -113,7 +113,7 @@ export class Dispatcher {
     const decoded = decodeFrontendRequest(
       row,
       message.payload,
-      message.descriptors.count,
+      session.connection.carriesDescriptors ? message.descriptors.count : null,
       plainWire,
     );
     if (!decoded.ok) throw new Refusal(decoded.reason);

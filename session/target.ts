@@ -180,20 +180,23 @@ export class Target {
       });
     }
     try {
-      this.#listen();
+      await this.#listen();
     } catch (error) {
       await this.#pool?.close();
       throw error;
     }
   }
 
-  #listen(): void {
+  async #listen(): Promise<void> {
     eventLoop.ref();
     try {
-      this.#transport = openTransport(this.#options, {
+      const opened = openTransport(this.#options, {
+        queueCount: this.#options.queueCount ?? 1,
         connected: (connection) => this.#serve(connection),
         failed: (error) => this.#report(error, null),
       });
+      // Not later than need be: a front-end may be there already.
+      this.#transport = opened instanceof Promise ? await opened : opened;
     } catch (error) {
       eventLoop.unref();
       throw error;
@@ -227,7 +230,7 @@ export class Target {
     try {
       session = new Session(connection, {
         owner: this,
-        features: this.#features,
+        features: this.#features & connection.features,
         protocolFeatures: this.#options.protocolFeatures ?? 0n,
         deviceType: this.#options.deviceType,
         sharedMemory: this.#options.sharedMemory ?? [],
@@ -281,11 +284,12 @@ export class Target {
   }
 
   async #close(): Promise<void> {
-    this.#transport?.close();
+    const closed = this.#transport?.close();
     for (const session of this.#sessions.keys()) session.close();
     while (this.#sessions.size > 0) {
       await Promise.all(this.#sessions.values());
     }
+    await closed;
     await this.#pool?.close();
     registered.delete(this.name);
     eventLoop.unref();

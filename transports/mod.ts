@@ -7,24 +7,41 @@
 
 import { Vhost2Error } from "../ffi/errors.ts";
 import type { Transport, TransportHost } from "./transport.ts";
+import * as pciVhostUser from "./pci_vhost_user/mod.ts";
 import * as vhostUser from "./vhost_user/mod.ts";
 
 export * from "./transport.ts";
 export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
+export type { PciVhostUserOptions, ProfileName } from "./pci_vhost_user/mod.ts";
 
 /** Options of any transport, told apart by `transport`. */
-export type TransportOptions = vhostUser.VhostUserOptions;
+export type TransportOptions =
+  | vhostUser.VhostUserOptions
+  | pciVhostUser.PciVhostUserOptions;
 
 /** `vhost-user`, and so on. */
 export type TransportName = TransportOptions["transport"];
 
-const transports = { "vhost-user": vhostUser } as const;
+/** What each transport offers; the one that fits the options is called. */
+interface TransportModule {
+  addressName(options: TransportOptions): string;
+  open(
+    options: TransportOptions,
+    host: TransportHost,
+  ): Transport | Promise<Transport>;
+}
 
-function find(options: TransportOptions) {
+// Each takes its own options; `find` picks by their `transport`.
+const transports = {
+  "vhost-user": vhostUser,
+  "PCI-vhost-user": pciVhostUser,
+} as const satisfies Record<TransportName, unknown>;
+
+function find(options: TransportOptions): TransportModule {
   const transport = Object.hasOwn(transports, options.transport)
     ? transports[options.transport]
     : undefined;
-  if (transport !== undefined) return transport;
+  if (transport !== undefined) return transport as TransportModule;
   throw new Vhost2Error(
     "OPTION",
     `Cannot use transport: ${String(options.transport)} (known: ${
@@ -42,6 +59,6 @@ export function targetName(options: TransportOptions): string {
 export function openTransport(
   options: TransportOptions,
   host: TransportHost,
-): Transport {
+): Transport | Promise<Transport> {
   return find(options).open(options, host);
 }

@@ -104,6 +104,13 @@ export interface Connection {
   readonly name: string;
   /** Protocol features that this transport can carry. */
   readonly protocolFeatures: bigint;
+  /** The same of virtio features, for those that need messages of their own. */
+  readonly features: bigint;
+  /**
+   * Whether messages bring descriptors. Where they do not, the transport has
+   * something of its own in the place of each.
+   */
+  readonly carriesDescriptors: boolean;
   /**
    * A descriptor that hangs up when the front-end goes, for a native wait;
    * null where there is none. It stays the connection's.
@@ -122,15 +129,16 @@ export interface Connection {
     index: number,
   ): RegionDescription["source"];
   /**
-   * Opens what SET_VRING_KICK gives; null when the front-end wants polling.
-   * Without `onKick` somebody else waits for its descriptor.
+   * Opens what SET_VRING_KICK gives; null when there is nothing that kicks,
+   * and the ring is to be polled. Without `onKick` somebody else waits for its
+   * descriptor.
    */
   openKick(
     queueIndex: number,
     descriptors: Descriptors,
     onKick: (() => void) | null,
   ): KickSource | null;
-  /** Opens what SET_VRING_CALL gives; null when the driver polls. */
+  /** Opens what SET_VRING_CALL gives. */
   openCall(
     queueIndex: number,
     descriptors: Descriptors,
@@ -153,6 +161,8 @@ export interface Connection {
 
 /** What a transport tells the target that it serves. */
 export interface TransportHost {
+  /** Queues that the device has at most. */
+  readonly queueCount: number;
   /** A front-end has come; the host owns the connection. */
   connected(connection: Connection): void;
   /** Something failed that leaves the transport working (or retrying). */
@@ -161,8 +171,11 @@ export interface TransportHost {
 
 /** An open transport: listening, or keeping a connection. */
 export interface Transport {
-  /** Stops accepting and connecting; existing connections stay the host's. */
-  close(): void;
+  /**
+   * Stops accepting and connecting; existing connections stay the host's. What
+   * the connections need ends after the last of them: then a promise resolves.
+   */
+  close(): void | Promise<void>;
   /** A connection given to the host has ended: a connector may try again. */
   disconnected(connection: Connection): void;
 }

@@ -150,12 +150,13 @@ export async function setKick(
   message: Message,
 ): Promise<void> {
   const vring = session.vrings[index];
-  const source = session.connection.openKick(
-    index,
-    message.descriptors,
-    session.options.isServedElsewhere ? null : () => session.kick(vring),
-  );
-  if (hasDescriptor && source === null) throw new Refusal("no descriptor came");
+  const source = hasDescriptor
+    ? session.connection.openKick(
+      index,
+      message.descriptors,
+      session.options.isServedElsewhere ? null : () => session.kick(vring),
+    )
+    : null;
   try {
     await session.stop(vring);
   } finally {
@@ -179,22 +180,30 @@ export function kick(session: Session, { index, num }: VringState): void {
 
 export function setCall(
   session: Session,
-  { index }: VringDescriptorIndex,
+  { index, hasDescriptor }: VringDescriptorIndex,
   message: Message,
 ): void {
   const vring = session.vrings[index];
-  vring.setCall(session.connection.openCall(index, message.descriptors));
+  vring.setCall(
+    hasDescriptor
+      ? session.connection.openCall(index, message.descriptors)
+      : null,
+  );
   // A call between the old descriptor and this one may have been lost.
   vring.queue?.call();
 }
 
 export function setError(
   session: Session,
-  { index }: VringDescriptorIndex,
+  { index, hasDescriptor }: VringDescriptorIndex,
   message: Message,
 ): void {
   const vring = session.vrings[index];
-  vring.setError(session.connection.openError(index, message.descriptors));
+  vring.setError(
+    hasDescriptor
+      ? session.connection.openError(index, message.descriptors)
+      : null,
+  );
 }
 
 /** Rings that were never set up may be enabled: QEMU under SeaBIOS does it. */

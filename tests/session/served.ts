@@ -54,13 +54,19 @@ export function echo(): TargetOps {
   return requestOps((request) => request.write(request.read()));
 }
 
+/** Options of a target on a socket. */
+export type SocketTargetOptions = Extract<
+  TargetOptions,
+  { readonly transport: "vhost-user" }
+>;
+
 /** The target's options, at another address if need be. */
 export function targetOptions(
-  address: TargetOptions["address"],
+  address: SocketTargetOptions["address"],
   recording: Recording,
   errors: Events<Vhost2Error>,
   options: ServeOptions = {},
-): TargetOptions {
+): SocketTargetOptions {
   const { device = echo } = options;
   const make = "create" in device ? device.create : device;
   return {

@@ -20,7 +20,6 @@ import {
   featureMask,
   registerTarget,
   type Target,
-  type TargetOptions,
   Vhost2Error,
 } from "../../mod.ts";
 import { encodeRequest } from "../../protocol/message.ts";
@@ -33,7 +32,13 @@ import { TemporaryFolder } from "../support/temporary.ts";
 import { Events, eventually, within } from "../support/wait.ts";
 import { FrontendListener, listenAt } from "./frontend_listener.ts";
 import { Recording } from "./recording.ts";
-import { assertWorks, opened, serving, targetOptions } from "./served.ts";
+import {
+  assertWorks,
+  opened,
+  serving,
+  type SocketTargetOptions,
+  targetOptions,
+} from "./served.ts";
 
 interface Bench {
   readonly folder: TemporaryFolder;
@@ -41,8 +46,8 @@ interface Bench {
   readonly errors: Events<Vhost2Error>;
   /** Registers the usual device; unregistered when the test ends. */
   register(
-    address: TargetOptions["address"],
-    more?: Partial<TargetOptions>,
+    address: SocketTargetOptions["address"],
+    more?: Partial<SocketTargetOptions>,
   ): Promise<Target>;
 }
 

@@ -20,12 +20,14 @@ import { openBackendChannel } from "./backend_channel.ts";
 import { Channel } from "./channel.ts";
 import { openKick, openSink } from "./notifications.ts";
 
-/** All protocol features can be carried by a Unix socket. */
-const allProtocolFeatures = (1n << 64n) - 1n;
+/** All features can be carried by a Unix socket. */
+const allFeatures = (1n << 64n) - 1n;
 
 export class VhostUserConnection implements Connection {
   readonly name: string;
-  readonly protocolFeatures = allProtocolFeatures;
+  readonly protocolFeatures = allFeatures;
+  readonly features = allFeatures;
+  readonly carriesDescriptors = true;
   readonly #channel: Channel;
 
   constructor(fd: number, name: string) {
