@@ -1,7 +1,7 @@
 /**
  * The back-end that the bench measures: `count` disks in one process.
  *
- *   backend.ts FOLDER COUNT DISK
+ *   backend.ts FOLDER COUNT DISK SERVICE
  *
  * Answers `heap` on its standard input with the bytes of its heap, collected.
  *
@@ -19,10 +19,11 @@ import {
   registerTarget,
   type Target,
 } from "../mod.ts";
-import type { Disk } from "./peers.ts";
+import type { Disk, Service } from "./peers.ts";
 
-const [folder, count, json] = process.argv.slice(2);
-const disk: Disk = JSON.parse(json);
+const [folder, count, ...json] = process.argv.slice(2);
+const disk: Disk = JSON.parse(json[0]);
+const service: Service = JSON.parse(json[1]);
 
 function backing() {
   switch (disk.kind) {
@@ -42,6 +43,7 @@ for (let i = 0; i < Number(count); i++) {
       transport: "vhost-user",
       address: join(folder, `${i}.sock`),
       ...blkDevice({ backing: backing() }),
+      ...service,
     }),
   );
 }

@@ -21,6 +21,7 @@ import {
   hasStorageDaemon,
   type Peer,
   residentKilobytes,
+  type Service,
   startOurs,
   startStorageDaemon,
 } from "./peers.ts";
@@ -35,6 +36,7 @@ const runMs = 1000;
 interface Row {
   readonly name: string;
   readonly disk: Disk;
+  readonly service?: Service;
   readonly load: Load;
   readonly isOneCpu?: boolean;
   /** Quote the latency, not the rate. */
@@ -73,11 +75,25 @@ function rows(file: string): Row[] {
       isLatency: true,
       isOneCpu: true,
     },
-    {
-      name: "memory disk, 4 KiB reads, depth 32",
-      disk: { kind: "memory", size: GiB / 4 },
+    ...[1, 32, 128].map((depth) => ({
+      name: `null disk, depth ${depth}, Worker`,
+      disk: nullDisk,
+      service: { workers: 1 },
+      load: { ...read, depth, spins: true },
+    })),
+    ...(["sleeps", "spins"] as const).map((how) => ({
+      name: `null disk, latency at depth 1, Worker ${how}`,
+      disk: nullDisk,
+      service: { workers: 1, pollMicroseconds: how === "spins" ? 200 : 0 },
+      load: { ...read, depth: 1 },
+      isLatency: true,
+    })),
+    ...[0, 1].map((workers) => ({
+      name: `memory disk, 4 KiB reads, depth 32${workers ? ", Worker" : ""}`,
+      disk: { kind: "memory" as const, size: GiB / 4 },
+      service: { workers },
       load: { ...read, depth: 32, spins: true },
-    },
+    })),
     ...(["read", "write"] as const).flatMap((operation) =>
       [1, 32, 128].map((depth) => ({
         name: `cached file, 4 KiB ${operation}s, depth ${depth}`,
@@ -107,14 +123,14 @@ function show(value: number, isLatency: boolean): string {
 }
 
 async function withPeers<T>(
-  row: Pick<Row, "disk" | "isOneCpu">,
+  row: Pick<Row, "disk" | "service" | "isOneCpu">,
   body: (ours: LoadGenerator, theirs: LoadGenerator) => T | Promise<T>,
 ): Promise<T> {
   const cpu = row.isOneCpu ? 0 : 1;
   const peers: Peer[] = [];
   const loads: LoadGenerator[] = [];
   try {
-    peers.push(await startOurs(row.disk, cpu));
+    peers.push(await startOurs(row.disk, cpu, 1, row.service));
     peers.push(await startStorageDaemon(row.disk, cpu));
     for (const peer of peers) {
       loads.push(await LoadGenerator.open(peer.socketPath));

@@ -12,6 +12,12 @@ import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 
+/** By whom a disk of ours is served: the event loop unless given. */
+export interface Service {
+  readonly workers?: number;
+  readonly pollMicroseconds?: number;
+}
+
 /** What a disk is made of. */
 export type Disk =
   | { readonly kind: "null"; readonly size: number }
@@ -117,6 +123,7 @@ export function startOurs(
   disk: Disk,
   cpu: number,
   count = 1,
+  service: Service = {},
 ): Promise<Peer> {
   const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
   const socketPath = join(folder, "0.sock");
@@ -133,6 +140,7 @@ export function startOurs(
       folder,
       String(count),
       JSON.stringify(disk),
+      JSON.stringify(service),
     ],
     folder,
     socketPath,

@@ -229,8 +229,8 @@ fn Driver(comptime Side: type) type {
                 slot.block = self.nextBlock();
                 slot.descriptors = self.prepare(number, slot.block, operation, data);
                 self.in_flight += 1;
+                if (self.slots.len == 1) self.sent_ticks = latency.ticks();
             }
-            if (self.slots.len == 1) self.sent_ticks = latency.ticks();
             if (!self.side.expose()) return 0;
             self.result.kicks += 1;
             const one: u64 = 1;

@@ -28,6 +28,8 @@ export interface BackendOptions {
   /** The disk: a file, so many bytes of memory, or as many that hold nothing. */
   disk: { file: string } | { memory: number } | { null: number };
   numQueues?: number;
+  /** Workers that serve the queues (ours only); none unless given. */
+  workers?: number;
   readOnly?: boolean;
   /** Guests may be migrated to it by postcopy. */
   postcopy?: boolean;
@@ -216,6 +218,7 @@ function ourCommand(options: BackendOptions, socketPath: string): string[] {
       ? ["--memory", String(disk.memory)]
       : ["--null", String(disk.null)]),
     ...["--num-queues", String(options.numQueues ?? 1)],
+    ...["--workers", String(options.workers ?? 0)],
     ...(options.readOnly ? ["--read-only"] : []),
     ...(options.postcopy ? ["--postcopy"] : []),
     ...(options.verbose ? ["--verbose"] : []),
