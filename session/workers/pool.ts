@@ -47,7 +47,13 @@ export class WorkerPool {
       await Promise.all(slots.map((slot) => pool.#serving(slot)));
     } catch (error) {
       await pool.close();
-      throw error;
+      if (error instanceof Vhost2Error) throw error;
+      const { module } = options.device;
+      throw new Vhost2Error(
+        "OPTION",
+        `Cannot serve ${module} in a Worker: ${(error as Error).message}`,
+        { cause: error },
+      );
     }
     return pool;
   }

@@ -29,7 +29,12 @@ const outerNpm: Record<string, undefined> = Object.fromEntries(
 const ownFeature = 1n << 5n;
 
 const serveScript = `
-import { registerTarget, Vhost2Error } from "@vhost2/vhost2";
+import {
+  blkDevice,
+  nullBacking,
+  registerTarget,
+  Vhost2Error,
+} from "@vhost2/vhost2";
 import * as frontend from "@vhost2/vhost2/frontend";
 if (Object.keys(frontend).length === 0) throw new Error("an empty frontend");
 const target = await registerTarget({
@@ -38,6 +43,14 @@ const target = await registerTarget({
   features: ${ownFeature}n,
   device: () => ({}),
 });
+// Its Workers import the package's modules.
+const inWorkers = await registerTarget({
+  transport: "vhost-user",
+  address: process.argv[2] + "-workers",
+  ...blkDevice({ backing: nullBacking(1 << 20) }),
+  workers: 2,
+});
+await inWorkers.unregister();
 console.log("ready");
 process.stdin.resume().on("end", () => target.unregister());
 `;

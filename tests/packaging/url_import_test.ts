@@ -177,6 +177,39 @@ await target.unregister();
   });
 });
 
+test("Workers of a library that was imported by URL import it by URL too, with the same permissions", async () => {
+  await withFolder(async (folder) => {
+    await withServer(async ({ host }) => {
+      const script = join(folder, "serve.ts");
+      writeFileSync(
+        script,
+        importScript(host) + `
+import { blkDevice, nullBacking } from "http://${host}/mod.ts";
+const disk = blkDevice({ backing: nullBacking(1 << 20) });
+const target = await registerTarget({
+  transport: "vhost-user",
+  address: ${JSON.stringify(join(folder, "device.sock"))},
+  ...disk,
+  workers: 2,
+});
+await target.unregister();
+console.log("served and ended");
+`,
+      );
+      const { status, stdout, stderr } = await run([
+        tool("deno"),
+        "run",
+        "--no-config",
+        "--no-lock",
+        ...permissions(host),
+        script,
+      ], { cwd: folder, env: environment(host, folder) });
+      assert.equal(stdout, "served and ended\n", stderr);
+      assert.equal(status, 0, stderr);
+    });
+  });
+});
+
 test("without --allow-ffi the import by URL fails with one sentence that names it", async () => {
   await withFolder(async (folder) => {
     await withServer(async ({ host }) => {
