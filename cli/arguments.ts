@@ -42,11 +42,17 @@ export interface BlkArguments {
 
 /** What is to be done. */
 export type Command =
-  | { readonly name: "help"; readonly about: "all" | "blk" | "net" }
+  | { readonly name: "help"; readonly about: "all" | "blk" | "net" | "bind" }
   | { readonly name: "version" }
   | { readonly name: "capabilities"; readonly of: "blk" | "net" }
   | { readonly name: "blk"; readonly arguments: BlkArguments }
-  | { readonly name: "net"; readonly arguments: NetArguments };
+  | { readonly name: "net"; readonly arguments: NetArguments }
+  | {
+    readonly name: "bind";
+    readonly address: string;
+    /** To the kernel's own driver. */
+    readonly isBack: boolean;
+  };
 
 const blkOptions = {
   ...general,
@@ -76,11 +82,34 @@ export function parseCommand(words: readonly string[]): Command {
   }
   if (name === "blk") return parseBlk(rest);
   if (name === "net") return parseNet(rest);
+  if (name === "bind") return parseBind(rest);
   if (!name.startsWith("-")) {
-    throw new UsageError(`there is no command "${name}" (there is: blk, net)`);
+    throw new UsageError(
+      `there is no command "${name}" (there is: blk, net, bind)`,
+    );
   }
   const { values } = parse({ args: [...words], options: general });
   return values.version ? { name: "version" } : { name: "help", about: "all" };
+}
+
+const bindOptions = { ...general, back: { type: "boolean" } } as const;
+
+function parseBind(words: string[]): Command {
+  const { values, positionals } = parse({
+    args: words,
+    options: bindOptions,
+    allowPositionals: true,
+  });
+  if (values.help) return { name: "help", about: "bind" };
+  if (values.version) return { name: "version" };
+  if (positionals.length === 1) {
+    return {
+      name: "bind",
+      address: positionals[0],
+      isBack: values.back ?? false,
+    };
+  }
+  throw new UsageError("bind takes the address of one PCI device");
 }
 
 function parseBlk(words: string[]): Command {

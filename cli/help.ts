@@ -7,10 +7,23 @@ Usage: vhost2 COMMAND [OPTIONS]
 Commands:
   blk          a disk (vhost-user-blk)
   net          a network card (vhost-user-net)
+  bind         give a PCI device to this program, or back
 
 Options:
   -h, --help     this text; "vhost2 blk --help" for a command's options
   -V, --version  the version
+`,
+  bind: `vhost2 bind: give a PCI device to vfio-pci, or back
+
+Usage: vhost2 bind ADDRESS [--back]
+
+  ADDRESS        of the device, such as 0000:00:05.0 ("lspci -D" lists them)
+  --back         give it back to the kernel's own driver
+  -h, --help     this text
+  -V, --version  the version
+
+Whatever uses the device loses it. The kernel must have vfio-pci ("modprobe
+vfio-pci"), and an IOMMU that is on. Only root may.
 `,
   blk: `vhost2 blk: a disk for QEMU and other virtual machine monitors
 

@@ -32,6 +32,9 @@ async function perform(command: Command): Promise<void> {
     case "version":
       return void process.stdout.write(`vhost2 ${version}\n`);
   }
+  if (command.name === "bind") {
+    return (await import("./bind.ts")).bind(command.address, command.isBack);
+  }
   // Only now: the core is loaded with it.
   const blk = await import("./blk.ts");
   const net = await import("./net.ts");

@@ -7,6 +7,11 @@
 // A device.
 export { openVfioDevice, VfioDevice } from "./vfio_device.ts";
 export * from "./pci_device.ts";
+export {
+  bindToVfio,
+  type Rebinding,
+  releaseFromVfio,
+} from "./binding_to_vfio.ts";
 
 // A virtio device.
 export {

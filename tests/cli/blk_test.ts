@@ -44,6 +44,9 @@ test("--version is that of deno.json, --help names every option", async () => {
 const mistakes: [string, string[], number, RegExp][] = [
   ["an unknown option", ["blk", "--bogus"], 2, /Unknown option '--bogus'/],
   ["an unknown command", ["disk"], 2, /there is no command "disk"/],
+  ["bind without an address", ["bind"], 2, /address of one PCI device/],
+  ["bind of no address", ["bind", "x"], 1, /Cannot use PCI address: x/],
+  ["bind of no device", ["bind", "ffff:ff:1f.7"], 1, /no such device/],
   ["no disk", ["blk", "--socket-path", "FOLDER/s"], 2, /needs --blk-file/],
   ["no socket", ["blk", "--memory", "1M"], 2, /a socket is needed/],
   [

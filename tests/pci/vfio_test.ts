@@ -1,13 +1,13 @@
 /** What is said when VFIO cannot hand a device out, and what it refuses. */
 
 import assert from "node:assert/strict";
-import { mkdirSync, symlinkSync } from "node:fs";
+import { mkdirSync, readFileSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { constants } from "../../ffi/abi.gen.ts";
 import { core } from "../../ffi/core.ts";
 import { Errno } from "../../ffi/errors.ts";
 import { IovaAllocator } from "../../pci/iova_allocator.ts";
-import { openVfioDevice } from "../../pci/mod.ts";
+import { bindToVfio, openVfioDevice, releaseFromVfio } from "../../pci/mod.ts";
 import {
   iommuGroupOf,
   lockedMemoryLimit,
@@ -33,6 +33,9 @@ class FakeSystem {
     this.sys = this.#folder.file("sys");
     mkdirSync(join(this.sys, "groups/7/devices"), { recursive: true });
     mkdirSync(join(this.sys, "bus/pci/devices"), { recursive: true });
+    for (const driver of ["e1000", "vfio-pci"]) {
+      mkdirSync(join(this.sys, "drivers", driver), { recursive: true });
+    }
   }
 
   add(address: string, driver: string | null, group: number | null = 7): void {
@@ -46,10 +49,49 @@ class FakeSystem {
     symlinkSync(folder, join(this.sys, `groups/${group}/devices`, address));
   }
 
+  /** What was written to a file of /sys. */
+  written(path: string): string {
+    return readFileSync(join(this.sys, path), "utf8");
+  }
+
   [Symbol.dispose](): void {
     this.#folder.remove();
   }
 }
+
+test("a device is taken from its driver and offered to vfio-pci, and back", () => {
+  using system = new FakeSystem();
+  system.add("0000:00:05.0", "e1000");
+  const device = "bus/pci/devices/0000:00:05.0";
+  // Nobody acts on what is written here: the driver stays.
+  assert.throws(
+    () => bindToVfio("00:05.0", system),
+    /Cannot bind PCI device 0000:00:05\.0 to vfio-pci: the kernel has no vfio-pci: run "modprobe vfio-pci"/,
+  );
+  assert.equal(system.written(`${device}/driver_override`), "vfio-pci\n");
+  assert.equal(system.written("drivers/e1000/unbind"), "0000:00:05.0");
+  assert.equal(system.written("bus/pci/drivers_probe"), "0000:00:05.0");
+  mkdirSync(join(system.sys, "bus/pci/drivers/vfio-pci"), { recursive: true });
+  assert.throws(
+    () => bindToVfio("00:05.0", system),
+    /the kernel does not take it/,
+  );
+  assert.deepEqual(releaseFromVfio("00:05.0", system), {
+    address: "0000:00:05.0",
+    before: "e1000",
+    after: "e1000",
+  });
+  assert.equal(system.written(`${device}/driver_override`), "\n");
+  assert.throws(() => bindToVfio("00:06.0", system), /there is no such device/);
+  assert.throws(() => bindToVfio("disk", system), { code: "OPTION" });
+});
+
+test("a device that vfio-pci has is left alone", () => {
+  using system = new FakeSystem();
+  system.add("0000:00:05.0", "vfio-pci");
+  assert.equal(bindToVfio("00:05.0", system).after, "vfio-pci");
+  assert.throws(() => system.written("bus/pci/drivers_probe"));
+});
 
 test("a PCI address is taken with and without its domain", () => {
   assert.equal(pciAddress("00:05.0"), "0000:00:05.0");

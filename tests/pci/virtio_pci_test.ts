@@ -130,6 +130,10 @@ for (const [name, options] of Object.entries(interrupts)) {
       model.deviceConfig[0] = 77;
       model.notifyConfig();
       await changes.find((value) => value === 77);
+      assert.ok(
+        model.pinInterrupts <= model.signals,
+        "the pin is let go of before it may interrupt again",
+      );
     }));
 }
 

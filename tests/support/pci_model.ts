@@ -121,6 +121,8 @@ export class ModelPciDevice implements PciDevice {
   vectors: readonly number[] = [];
   pin: number | null = null;
   isPinMasked = false;
+  /** How often the pin has interrupted. */
+  pinInterrupts = 0;
   isClosed = false;
   /** Parts of BARs that are mapped now. */
   mappedBars = 0;
@@ -212,6 +214,7 @@ export class ModelPciDevice implements PciDevice {
   raisePin(): void {
     if (this.isGone || this.pin === null || this.isPinMasked) return;
     this.isPinMasked = true;
+    this.pinInterrupts++;
     core.eventfdSignal(this.pin);
   }
 

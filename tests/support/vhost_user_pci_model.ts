@@ -181,6 +181,11 @@ export class VhostUserPciModel extends VirtioPciModel {
     this.deviceConfig[0] = status;
   }
 
+  /** Buffers that the driver has posted. */
+  get bufferCount(): number {
+    return this.#buffers.length;
+  }
+
   /** Whether a front-end is connected to the driver. */
   get isConnected(): boolean {
     return this.#channel !== undefined;

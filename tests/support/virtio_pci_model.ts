@@ -128,6 +128,15 @@ export class VirtioPciModel extends ModelPciDevice {
     this.onClose = () => this.#stopQueues();
   }
 
+  /** Interrupts that there was a reason for. */
+  signals = 0;
+
+  /** The pin is level-triggered: until its status is read it goes on. */
+  override unmaskPin(): void {
+    super.unmaskPin();
+    if (this.isr !== 0) this.raisePin();
+  }
+
   get features(): bigint {
     return this.options.features ?? 1n << 32n;
   }
@@ -177,6 +186,7 @@ export class VirtioPciModel extends ModelPciDevice {
 
   #signal(vector: number, isrBit: number): void {
     this.isr |= isrBit;
+    this.signals++;
     if (this.vectors.length > 0) {
       if (vector !== maxVector) this.interrupt(vector);
     } else this.raisePin();
