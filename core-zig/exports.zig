@@ -12,6 +12,7 @@ const descriptor = @import("descriptor.zig");
 const socket = @import("socket.zig");
 const poll = @import("poll.zig");
 const memory = @import("memory/memory.zig");
+const iova = @import("memory/iova.zig");
 const postcopy = @import("memory/postcopy.zig");
 const userfault = @import("memory/userfault.zig");
 const dirty_log = @import("memory/dirty_log.zig");
@@ -83,6 +84,10 @@ pub const manifest = .{
     .{ "memory_translate", memory.translate, "memory space address length translation_out" },
     .{ "memory_copy", memory.copy, "memory copies count buffer buffer_size" },
     .{ "memory_destroy", memory.destroy, "memory" },
+    .{ "iotlb_update", iova.update, "memory iova size target access" },
+    .{ "iotlb_invalidate", iova.invalidate, "memory iova size" },
+    .{ "iotlb_clear", iova.clear, "memory target_space" },
+    .{ "iotlb_translate", iova.translate, "memory iova length access translation_out" },
     .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
     .{ "map_shared", memory.mapShared, "fd size address_out" },
     .{ "map_over", memory.mapOver, "address size fd file_offset" },
@@ -110,6 +115,7 @@ pub const manifest = .{
     .{ "ring_push", ring.push, "ring completions count" },
     .{ "ring_arm", ring.arm, "ring" },
     .{ "ring_disarm", ring.disarm, "ring" },
+    .{ "ring_misses", ring.misses, "ring misses_out capacity" },
     .{ "ring_state", ring.state, "ring state_out" },
     .{ "ring_destroy", ring.destroy, "ring" },
 
@@ -175,6 +181,8 @@ test {
     _ = socket;
     _ = poll;
     _ = memory;
+    _ = iova;
+    _ = @import("shared_lock.zig");
     _ = ring;
     _ = file;
     _ = driver;

@@ -7,6 +7,8 @@ const std = @import("std");
 /// A guest address space in which an address may be given.
 pub const space_gpa: u32 = 0;
 pub const space_uva: u32 = 1;
+/// Translated by the IOTLB, to an address in one of the other two.
+pub const space_iova: u32 = 2;
 
 pub const access_read: u32 = 1;
 pub const access_write: u32 = 2;
@@ -107,7 +109,8 @@ pub const RingConfig = extern struct {
     used_address: u64,
     /// Negotiated virtio features, without LOG_ALL.
     features: u64,
-    /// `space_gpa` or `space_uva`: in which the three addresses are.
+    /// In which the three addresses are. With `space_iova` those in
+    /// descriptors are IOVAs too, otherwise they are gpas.
     space: u32,
     /// Number of descriptors: up to 32768, and a power of two in a split ring.
     size: u32,
@@ -160,6 +163,22 @@ pub const broken_indirect_refused: u32 = 11; // INDIRECT without the feature, or
 pub const broken_segments: u32 = 12; // more pieces than a batch can hold
 pub const broken_memory: u32 = 13; // the memory faulted or was revoked
 pub const broken_empty: u32 = 14; // an empty chain
+pub const broken_inflight: u32 = 15; // its part of the inflight region is damaged
+
+/// Why an IOVA has no translation (`IotlbMiss.reason`).
+pub const miss_absent: u32 = 1;
+/// There is an entry, and it does not permit the access.
+pub const miss_forbidden: u32 = 2;
+/// There is an entry, and it leads to no region of the memory.
+pub const miss_unmapped: u32 = 3;
+
+/// What a ring waits for (`ring_misses`).
+pub const IotlbMiss = extern struct {
+    iova: u64,
+    /// access_read, access_write or both.
+    access: u32,
+    reason: u32,
+};
 
 pub const RingState = extern struct {
     /// The base of a ring that goes on from here; packed: all 32 bits of it.
@@ -365,6 +384,7 @@ comptime {
     std.debug.assert(@sizeOf(Segment) == 16);
     std.debug.assert(@sizeOf(IoRequest) == 48);
     std.debug.assert(@sizeOf(Copy) == 24);
+    std.debug.assert(@sizeOf(IotlbMiss) == 16);
     std.debug.assert(@sizeOf(Frame) == 8);
     std.debug.assert(@sizeOf(NetProgress) == 16);
     std.debug.assert(@sizeOf(NetCounts) == 112);

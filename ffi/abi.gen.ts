@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1546173012;
+export const abiHash = 229346719;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -258,6 +258,30 @@ export const functions = {
     names: "memory",
     result: "i32",
   },
+  iotlbUpdate: {
+    symbol: "vhost2_iotlb_update",
+    parameters: ["u32", "u64", "u64", "u64", "u32"],
+    names: "memory, iova, size, target, access",
+    result: "i32",
+  },
+  iotlbInvalidate: {
+    symbol: "vhost2_iotlb_invalidate",
+    parameters: ["u32", "u64", "u64"],
+    names: "memory, iova, size",
+    result: "i32",
+  },
+  iotlbClear: {
+    symbol: "vhost2_iotlb_clear",
+    parameters: ["u32", "u32"],
+    names: "memory, targetSpace",
+    result: "i32",
+  },
+  iotlbTranslate: {
+    symbol: "vhost2_iotlb_translate",
+    parameters: ["u32", "u64", "u64", "u32", "buffer"],
+    names: "memory, iova, length, access, translationOut",
+    result: "i32",
+  },
   mapAnonymous: {
     symbol: "vhost2_map_anonymous",
     parameters: ["f64", "buffer"],
@@ -382,6 +406,12 @@ export const functions = {
     symbol: "vhost2_ring_disarm",
     parameters: ["u32"],
     names: "ring",
+    result: "i32",
+  },
+  ringMisses: {
+    symbol: "vhost2_ring_misses",
+    parameters: ["u32", "buffer", "u32"],
+    names: "ring, missesOut, capacity",
     result: "i32",
   },
   ringState: {
@@ -640,6 +670,12 @@ export const layouts = {
     queueIndex: 56,
     inflight: 60,
   },
+  IotlbMiss: {
+    byteSize: 16,
+    iova: 0,
+    access: 8,
+    reason: 12,
+  },
   RingState: {
     byteSize: 48,
     lastAvailable: 0,
@@ -823,6 +859,7 @@ export const layouts = {
 export const constants = {
   spaceGpa: 0,
   spaceUva: 1,
+  spaceIova: 2,
   accessRead: 1,
   accessWrite: 2,
   maxRegions: 509,
@@ -873,6 +910,10 @@ export const constants = {
   brokenSegments: 12,
   brokenMemory: 13,
   brokenEmpty: 14,
+  brokenInflight: 15,
+  missAbsent: 1,
+  missForbidden: 2,
+  missUnmapped: 3,
   ioRead: 0,
   ioWrite: 1,
   ioFlush: 2,

@@ -22,6 +22,7 @@ const stage = @import("stage.zig");
 const tables = @import("table.zig");
 const views = @import("views.zig");
 const copying = @import("copy.zig");
+const iotlb = @import("iotlb.zig");
 const DirtyLog = @import("dirty_log.zig").DirtyLog;
 const Handles = @import("../handles.zig").Handles;
 
@@ -41,6 +42,9 @@ pub const Memory = struct {
     readers: Atomic(u32),
     /// Something waits until no reader is inside.
     is_pending: Atomic(bool),
+    /// Who uses the object without holding a view of it.
+    pins: Atomic(u32),
+    iotlb: iotlb.Iotlb,
     dirty_log: DirtyLog,
 
     // Under the lock.
@@ -127,6 +131,18 @@ pub const Memory = struct {
         }
     }
 
+    /// Until `unpin` the object stays this device's, also after `destroy`.
+    pub fn pin(self: *Memory) void {
+        _ = self.pins.fetchAdd(1, .seq_cst);
+    }
+
+    pub fn unpin(self: *Memory) void {
+        if (self.pins.fetchSub(1, .seq_cst) != 1) return;
+        self.lock.lock();
+        defer self.lock.unlock();
+        if (self.is_dying) self.reclaim();
+    }
+
     /// The last reference is gone. Under the lock.
     fn finish(self: *Memory, gone: *Mapping) void {
         self.views.remove(gone);
@@ -155,7 +171,7 @@ pub const Memory = struct {
 
     /// No reader is inside, no table waits: is I/O still in flight?
     fn recycleIfDone(self: *Memory) void {
-        if (!self.is_dying or self.views.first != null) return;
+        if (!self.is_dying or self.views.first != null or self.pins.load(.seq_cst) != 0) return;
         self.is_dying = false;
         const event = self.health.event.swap(-1, .seq_cst);
         if (event >= 0) sys.closeQuietly(event);
@@ -191,6 +207,8 @@ fn takeSpare() ?*Memory {
     const self: *Memory = @ptrFromInt(raw);
     self.lock = .{};
     self.readers = .init(0);
+    self.pins = .init(0);
+    self.iotlb = .{};
     self.dirty_log.init();
     return self;
 }
@@ -411,6 +429,8 @@ pub fn copy(handle: u32, copies: ?[*]const layout.Copy, count: u32, buffer: ?[*]
 /// handle is dead; I/O in flight and readers finish first.
 pub fn destroy(handle: u32) callconv(.c) i32 {
     const self = get(handle) orelse return sys.fail(.BADF);
+    // Before the lock, for which a reader inside the IOTLB may be waiting.
+    self.iotlb.clear(layout.space_uva);
     // Not under the lock: those who mark may need it before they are through.
     self.dirty_log.drop();
     self.lock.lock();

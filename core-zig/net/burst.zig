@@ -122,7 +122,8 @@ const Completions = struct {
 /// Takes up to `max` frames out of a transmit queue, whose ring was made with
 /// `header_bytes` of the guest's header. `flags` says what the driver may have
 /// left undone. Progress is in the first words of `scratch`. Returns 0, -EPROTO
-/// or -EFAULT for a ring that is broken, -EINVAL for parameters.
+/// or -EFAULT for a ring that is broken, -EINVAL for parameters, -EAGAIN when
+/// it waits for the IOTLB; `ring_misses` says what it lacks, also after a 0.
 pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Frame, max: u32, buffer: [*]u8, buffer_size: u32, flags: u32, counts: *Counts) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     var chains = Chains.init(ring, scratch, scratch_words) orelse return linux.fail(.INVAL);
@@ -130,6 +131,10 @@ pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Fram
     progress.* = std.mem.zeroes(Progress);
     if (max == 0 or max > burst or buffer_size < frame_alignment + layout.net_frame_maximum) return linux.fail(.INVAL);
     if (ring.header_bytes > header_size) return linux.fail(.INVAL);
+    // What is popped can be pushed, whatever becomes of the IOTLB.
+    const entered = ring.enter();
+    if (entered != 0) return entered;
+    defer ring.leave();
 
     const table = ring.memory.enter();
     defer ring.memory.leave();
@@ -236,6 +241,9 @@ pub fn send(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]const F
         if (frame.offset < header_size or frame.offset > buffer_size or
             frame.length > buffer_size - frame.offset or frame.length == 0) return linux.fail(.INVAL);
     }
+    const entered = ring.enter();
+    if (entered != 0) return entered;
+    defer ring.leave();
     var sender: Sender = .{
         .handle = handle,
         .ring = ring,

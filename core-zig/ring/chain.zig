@@ -6,6 +6,8 @@
 const std = @import("std");
 const layout = @import("../layout.zig");
 const memory = @import("../memory/memory.zig");
+const iova = @import("../memory/iova.zig");
+const Areas = @import("iova_areas.zig").Areas;
 
 pub const descriptor_size = 16;
 /// Virtio 1.3, 2.7.5: `flags` of a descriptor.
@@ -52,7 +54,11 @@ pub const Descriptor = struct {
 
 /// `Broken`: the driver broke a rule, see `Batch.reason` and `Batch.value`.
 /// `Full`: the segments do not fit in what is left of the batch.
-pub const Error = error{ Broken, Full };
+/// `Missing`: the IOTLB lacks something, which the ring's `Areas` has noted.
+pub const Error = error{ Broken, Full, Missing };
+
+/// What a miss is noted for: the smallest page of any IOMMU.
+const page_size = 4096;
 
 /// The view hit last, translated inline. As the table, it is good only within
 /// the reader section.
@@ -61,183 +67,226 @@ const Window = struct {
     length: u64 = 0,
     pointer: [*]u8 = undefined,
     view: u32 = 0,
+    /// Of `start`, in the view.
+    offset: u32 = 0,
+    /// What the device may do there.
+    access: u32 = 0,
 };
 
 /// Writes the records and segments of one pop. For each request: `begin`,
 /// `add` per descriptor, then `finish`; one that fails is the batch's last.
-pub const Batch = struct {
-    table: *const memory.Table,
-    cache: *memory.Cache,
-    words: [*]u32,
-    stride: u32,
-    segments: [*]align(4) layout.Segment,
-    segment_capacity: u32,
-    header_bytes: u32,
-    trailer_bytes: u32,
+/// Where addresses are IOVAs (`is_translated`) it is another type, so that
+/// nobody else pays for it.
+pub fn Batch(comptime is_translated: bool) type {
+    return struct {
+        const Self = @This();
 
-    window: Window = .{},
-    record_count: u32 = 0,
-    segment_count: u32 = 0,
+        table: *const memory.Table,
+        cache: *memory.Cache,
+        words: [*]u32,
+        stride: u32,
+        segments: [*]align(4) layout.Segment,
+        segment_capacity: u32,
+        header_bytes: u32,
+        trailer_bytes: u32,
 
-    // The request under way.
-    first: u32 = 0,
-    readable_end: u32 = 0,
-    header_length: u32 = 0,
-    readable: u64 = 0,
-    writable: u64 = 0,
-    has_writable: bool = false,
+        /// Where addresses are IOVAs.
+        iova: if (is_translated) *Areas else void = undefined,
+        memory: *const memory.Memory = undefined,
+        is_missing: bool = false,
 
-    reason: u32 = layout.broken_none,
-    value: u64 = 0,
+        window: Window = .{},
+        record_count: u32 = 0,
+        segment_count: u32 = 0,
 
-    /// The room for segments is what `max` records leave of the batch; null
-    /// when they do not fit.
-    pub inline fn init(table: *const memory.Table, cache: *memory.Cache, words: [*]u32, word_count: u32, max: u32, header_bytes: u32, trailer_bytes: u32) ?Batch {
-        const stride = recordStride(header_bytes);
-        const start = @as(u64, max) * stride;
-        if (start > word_count) return null;
-        return .{
-            .table = table,
-            .cache = cache,
-            .words = words,
-            .stride = stride,
-            .segments = @ptrCast(words + @as(usize, @intCast(start))),
-            .segment_capacity = (word_count - @as(u32, @intCast(start))) / segment_words,
-            .header_bytes = header_bytes,
-            .trailer_bytes = trailer_bytes,
-        };
-    }
+        // The request under way.
+        first: u32 = 0,
+        readable_end: u32 = 0,
+        header_length: u32 = 0,
+        readable: u64 = 0,
+        writable: u64 = 0,
+        has_writable: bool = false,
 
-    pub inline fn begin(self: *Batch) void {
-        self.first = self.segment_count;
-        self.readable_end = self.segment_count;
-        self.header_length = 0;
-        self.readable = 0;
-        self.writable = 0;
-        self.has_writable = false;
-    }
+        reason: u32 = layout.broken_none,
+        value: u64 = 0,
 
-    pub noinline fn breach(self: *Batch, reason: u32, value: u64) Error {
-        self.reason = reason;
-        self.value = value;
-        return error.Broken;
-    }
-
-    /// First piece of a range in guest memory (at least one byte).
-    inline fn piece(self: *Batch, address: u64, length: u32) Error!memory.Piece {
-        if (address -% self.window.start >= self.window.length) try self.moveWindow(address);
-        const offset: u32 = @intCast(address - self.window.start);
-        return .{
-            .pointer = self.window.pointer + offset,
-            .view = self.window.view,
-            .offset = offset,
-            .length = @intCast(@min(length, self.window.length - offset)),
-        };
-    }
-
-    noinline fn moveWindow(self: *Batch, address: u64) Error!void {
-        const found = self.table.piece(self.cache, layout.space_gpa, address, layout.view_size) orelse
-            return self.breach(layout.broken_unmapped, address);
-        // A view's offset 0 is mapped too: all of it can be reached.
-        self.window = .{
-            .start = address - found.offset,
-            .length = @as(u64, found.offset) + found.length,
-            .pointer = found.pointer - found.offset,
-            .view = found.view,
-        };
-    }
-
-    /// One buffer of the request, `index` being its descriptor.
-    pub inline fn add(self: *Batch, descriptor: Descriptor, index: u32) Error!void {
-        const is_writable = descriptor.flags & flag_write != 0;
-        if (is_writable) {
-            self.has_writable = true;
-        } else if (self.has_writable) {
-            return self.breach(layout.broken_order, index);
+        /// The room for segments is what `max` records leave of the batch; null
+        /// when they do not fit.
+        pub inline fn init(table: *const memory.Table, cache: *memory.Cache, words: [*]u32, word_count: u32, max: u32, header_bytes: u32, trailer_bytes: u32) ?Self {
+            const stride = recordStride(header_bytes);
+            const start = @as(u64, max) * stride;
+            if (start > word_count) return null;
+            return .{
+                .table = table,
+                .cache = cache,
+                .words = words,
+                .stride = stride,
+                .segments = @ptrCast(words + @as(usize, @intCast(start))),
+                .segment_capacity = (word_count - @as(u32, @intCast(start))) / segment_words,
+                .header_bytes = header_bytes,
+                .trailer_bytes = trailer_bytes,
+            };
         }
-        // Nothing to reach, so its address need not be mapped.
-        if (descriptor.length == 0) return;
-        // At most 2^17 descriptors of less than 2^32 bytes: no overflow.
-        if (is_writable) self.writable += descriptor.length else self.readable += descriptor.length;
-        if (self.readable + self.writable > std.math.maxInt(u32)) {
-            return self.breach(layout.broken_length, self.readable + self.writable);
+
+        pub inline fn begin(self: *Self) void {
+            self.first = self.segment_count;
+            self.readable_end = self.segment_count;
+            self.header_length = 0;
+            self.readable = 0;
+            self.writable = 0;
+            self.has_writable = false;
+            if (is_translated) self.is_missing = false;
         }
-        var address = descriptor.address;
-        var left: u32 = descriptor.length;
-        while (true) {
-            var part = try self.piece(address, left);
-            // No overflow: no region holds the last byte below 2^64.
-            address += part.length;
-            left -= part.length;
-            if (!is_writable and self.header_length < self.header_bytes) {
-                const count = @min(part.length, self.header_bytes - self.header_length);
-                copyFromGuest(self.header() + self.header_length, part.pointer, count);
-                self.header_length += count;
-                part.offset += count;
-                part.length -= count;
+
+        pub noinline fn breach(self: *Self, reason: u32, value: u64) Error {
+            self.reason = reason;
+            self.value = value;
+            return error.Broken;
+        }
+
+        /// First piece of a range in guest memory (at least one byte).
+        inline fn piece(self: *Self, address: u64, length: u32, access: u32) Error!memory.Piece {
+            const is_inside = address -% self.window.start < self.window.length;
+            if (!is_inside or (is_translated and self.window.access & access == 0)) try self.moveWindow(address, access);
+            const offset: u32 = @intCast(address - self.window.start);
+            return .{
+                .pointer = self.window.pointer + offset,
+                .view = self.window.view,
+                .offset = if (is_translated) self.window.offset + offset else offset,
+                .length = @intCast(@min(length, self.window.length - offset)),
+            };
+        }
+
+        noinline fn moveWindow(self: *Self, address: u64, access: u32) Error!void {
+            if (is_translated) {
+                const areas = self.iova;
+                switch (iova.find(self.memory, self.table, &areas.cache, address, access)) {
+                    .window => |found| self.window = .{ .start = found.start, .length = found.length, .pointer = found.pointer, .view = found.view, .offset = found.offset, .access = found.access },
+                    .miss => |reason| {
+                        self.is_missing = true;
+                        areas.note(address, access, reason);
+                        return error.Missing;
+                    },
+                }
+                return;
             }
-            if (part.length != 0) {
-                if (self.segment_count == self.segment_capacity) return error.Full;
-                self.segments[self.segment_count] = .{
-                    .view = part.view,
-                    .offset = part.offset,
-                    .length = part.length,
-                    .access = if (is_writable) layout.access_write else layout.access_read,
+            const found = self.table.piece(self.cache, layout.space_gpa, address, layout.view_size) orelse
+                return self.breach(layout.broken_unmapped, address);
+            // A view's offset 0 is mapped too: all of it can be reached.
+            self.window = .{
+                .start = address - found.offset,
+                .length = @as(u64, found.offset) + found.length,
+                .pointer = found.pointer - found.offset,
+                .view = found.view,
+            };
+        }
+
+        /// One buffer of the request, `index` being its descriptor.
+        pub inline fn add(self: *Self, descriptor: Descriptor, index: u32) Error!void {
+            const is_writable = descriptor.flags & flag_write != 0;
+            if (is_writable) {
+                self.has_writable = true;
+            } else if (self.has_writable) {
+                return self.breach(layout.broken_order, index);
+            }
+            // Nothing to reach, so its address need not be mapped.
+            if (descriptor.length == 0) return;
+            // At most 2^17 descriptors of less than 2^32 bytes: no overflow.
+            if (is_writable) self.writable += descriptor.length else self.readable += descriptor.length;
+            if (self.readable + self.writable > std.math.maxInt(u32)) {
+                return self.breach(layout.broken_length, self.readable + self.writable);
+            }
+            var address = descriptor.address;
+            var left: u32 = descriptor.length;
+            while (true) {
+                const access = if (is_writable) layout.access_write else layout.access_read;
+                var part = self.piece(address, left, access) catch |failure| {
+                    if (!is_translated) return failure;
+                    // All that the chain lacks is found in one walk, and asked for
+                    // at once.
+                    if (failure != error.Missing or self.iova.isFull()) return failure;
+                    const skipped: u32 = @intCast(@min(left, page_size - address % page_size));
+                    address +%= skipped;
+                    left -= skipped;
+                    if (left == 0) return;
+                    if (address == 0) return self.breach(layout.broken_unmapped, descriptor.address);
+                    continue;
                 };
-                self.segment_count += 1;
-                if (!is_writable) self.readable_end = self.segment_count;
-            }
-            if (left == 0) return;
-        }
-    }
-
-    /// The record of the request finished last.
-    pub inline fn finished(self: *const Batch) *align(4) const layout.Request {
-        return @ptrCast(self.words + @as(usize, self.record_count - 1) * self.stride);
-    }
-
-    inline fn header(self: *Batch) [*]u8 {
-        return @ptrCast(self.words + @as(usize, self.record_count) * self.stride + request_words);
-    }
-
-    /// Writes the record of the request under way.
-    pub inline fn finish(self: *Batch, head: u32, serial: u32) Error!void {
-        if (self.readable + self.writable == 0) return self.breach(layout.broken_empty, head);
-        var record: layout.Request = .{
-            .head = head,
-            .segment_first = self.first,
-            .readable_count = self.readable_end - self.first,
-            .writable_count = self.segment_count - self.readable_end,
-            .readable_bytes = @intCast(self.readable - self.header_length),
-            .writable_bytes = @intCast(self.writable),
-            .header_length = self.header_length,
-            .trailer_length = 0,
-            .trailer_view = 0,
-            .trailer_offset = 0,
-            .serial = serial,
-            .reserved = 0,
-        };
-        if (self.trailer_bytes != 0 and record.writable_count != 0) {
-            const last = &self.segments[self.segment_count - 1];
-            last.length -= 1;
-            record.trailer_length = 1;
-            record.trailer_view = last.view;
-            record.trailer_offset = last.offset + last.length;
-            record.writable_bytes -= 1;
-            if (last.length == 0) {
-                record.writable_count -= 1;
-                self.segment_count -= 1;
+                // No region holds the last byte below 2^64, but IOVAs reach it.
+                address = if (is_translated) address +% part.length else address + part.length;
+                left -= part.length;
+                if (is_translated and address == 0 and left != 0) return self.breach(layout.broken_unmapped, descriptor.address);
+                if (!is_writable and self.header_length < self.header_bytes) {
+                    const count = @min(part.length, self.header_bytes - self.header_length);
+                    copyFromGuest(self.header() + self.header_length, part.pointer, count);
+                    self.header_length += count;
+                    part.offset += count;
+                    part.length -= count;
+                }
+                if (part.length != 0) {
+                    if (self.segment_count == self.segment_capacity) return error.Full;
+                    self.segments[self.segment_count] = .{
+                        .view = part.view,
+                        .offset = part.offset,
+                        .length = part.length,
+                        .access = if (is_writable) layout.access_write else layout.access_read,
+                    };
+                    self.segment_count += 1;
+                    if (!is_writable) self.readable_end = self.segment_count;
+                }
+                if (left == 0) return;
             }
         }
-        if (self.header_length < self.header_bytes) {
-            // No bytes of an earlier request in the place of those missing.
-            @memset((self.header() + self.header_length)[0 .. self.header_bytes - self.header_length], 0);
+
+        /// The record of the request finished last.
+        pub inline fn finished(self: *const Self) *align(4) const layout.Request {
+            return @ptrCast(self.words + @as(usize, self.record_count - 1) * self.stride);
         }
-        const out: *align(4) layout.Request = @ptrCast(self.words + @as(usize, self.record_count) * self.stride);
-        out.* = record;
-        self.record_count += 1;
-    }
-};
+
+        inline fn header(self: *Self) [*]u8 {
+            return @ptrCast(self.words + @as(usize, self.record_count) * self.stride + request_words);
+        }
+
+        /// Writes the record of the request under way.
+        pub inline fn finish(self: *Self, head: u32, serial: u32) Error!void {
+            if (is_translated and self.is_missing) return error.Missing;
+            if (self.readable + self.writable == 0) return self.breach(layout.broken_empty, head);
+            var record: layout.Request = .{
+                .head = head,
+                .segment_first = self.first,
+                .readable_count = self.readable_end - self.first,
+                .writable_count = self.segment_count - self.readable_end,
+                .readable_bytes = @intCast(self.readable - self.header_length),
+                .writable_bytes = @intCast(self.writable),
+                .header_length = self.header_length,
+                .trailer_length = 0,
+                .trailer_view = 0,
+                .trailer_offset = 0,
+                .serial = serial,
+                .reserved = 0,
+            };
+            if (self.trailer_bytes != 0 and record.writable_count != 0) {
+                const last = &self.segments[self.segment_count - 1];
+                last.length -= 1;
+                record.trailer_length = 1;
+                record.trailer_view = last.view;
+                record.trailer_offset = last.offset + last.length;
+                record.writable_bytes -= 1;
+                if (last.length == 0) {
+                    record.writable_count -= 1;
+                    self.segment_count -= 1;
+                }
+            }
+            if (self.header_length < self.header_bytes) {
+                // No bytes of an earlier request in the place of those missing.
+                @memset((self.header() + self.header_length)[0 .. self.header_bytes - self.header_length], 0);
+            }
+            const out: *align(4) layout.Request = @ptrCast(self.words + @as(usize, self.record_count) * self.stride);
+            out.* = record;
+            self.record_count += 1;
+        }
+    };
+}
 
 /// The one read of header bytes. The usual lengths are whole words.
 inline fn copyFromGuest(to: [*]u8, from: [*]const u8, length: u32) void {
@@ -252,7 +301,7 @@ inline fn copyFromGuest(to: [*]u8, from: [*]const u8, length: u32) void {
 }
 
 /// Adds the buffers of an indirect table of a split ring.
-pub fn addIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!void {
+pub fn addIndirect(batch: anytype, address: u64, length: u32, queue_size: u32) Error!void {
     const table = try Table.init(batch, address, length, queue_size);
     var index: u32 = 0;
     for (0..table.count) |_| {
@@ -268,7 +317,7 @@ pub fn addIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Er
 
 /// The same of a packed ring, whose descriptors are used in their order and up
 /// to the last; all flags but WRITE, and the id, mean nothing there (2.8.7).
-pub fn addOrderedIndirect(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!void {
+pub fn addOrderedIndirect(batch: anytype, address: u64, length: u32, queue_size: u32) Error!void {
     const table = try Table.init(batch, address, length, queue_size);
     for (0..table.count) |index| {
         var descriptor = try table.load(batch, @intCast(index));
@@ -286,18 +335,18 @@ const Table = struct {
     /// The whole table, where it is in one piece.
     pointer: ?[*]const u8,
 
-    inline fn init(batch: *Batch, address: u64, length: u32, queue_size: u32) Error!Table {
+    inline fn init(batch: anytype, address: u64, length: u32, queue_size: u32) Error!Table {
         const count = length / descriptor_size;
         if (count == 0 or length % descriptor_size != 0 or count > @max(queue_size, indirect_limit_minimum)) {
             return batch.breach(layout.broken_indirect_size, length);
         }
         // `next` may lead there without a look at what lies between.
         if (address > std.math.maxInt(u64) - @as(u64, length - 1)) return batch.breach(layout.broken_unmapped, address);
-        const piece = try batch.piece(address, length);
+        const piece = try batch.piece(address, length, layout.access_read);
         return .{ .address = address, .count = count, .pointer = if (piece.length == length) piece.pointer else null };
     }
 
-    inline fn load(self: *const Table, batch: *Batch, index: u32) Error!Descriptor {
+    inline fn load(self: *const Table, batch: anytype, index: u32) Error!Descriptor {
         const offset = @as(usize, index) * descriptor_size;
         if (self.pointer) |pointer| return .loadUnaligned(@ptrCast(pointer + offset));
         return gather(batch, self.address + offset);
@@ -305,11 +354,11 @@ const Table = struct {
 };
 
 /// A descriptor whose table is not in one piece.
-fn gather(batch: *Batch, address: u64) Error!Descriptor {
+fn gather(batch: anytype, address: u64) Error!Descriptor {
     var bytes: [descriptor_size]u8 = undefined;
     var at: u32 = 0;
     while (at < descriptor_size) {
-        const piece = try batch.piece(address + at, descriptor_size - at);
+        const piece = try batch.piece(address + at, descriptor_size - at, layout.access_read);
         copyFromGuest(bytes[at..].ptr, piece.pointer, piece.length);
         at += piece.length;
     }

@@ -5,6 +5,7 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const memory = @import("../memory/memory.zig");
+const translation = @import("../memory/iova.zig");
 const chain = @import("chain.zig");
 const rings = @import("ring.zig");
 const split = @import("split.zig");
@@ -17,6 +18,7 @@ pub const region_size = 1 << 20;
 pub const low = 0x10000;
 pub const high = low + region_size;
 pub const uva_offset = 0x7f12_3400_0000;
+pub const iova_offset = 0x4_0000_0000;
 pub const write = chain.flag_write;
 pub const next = chain.flag_next;
 pub const indirect = chain.flag_indirect;
@@ -36,6 +38,8 @@ pub const Options = struct {
     segments: u32 = 128,
     /// Of the two regions; the ring's areas are given by uva.
     gpas: [2]u64 = .{ low, high },
+    /// The ring's areas, and its descriptors, are given by IOVA instead.
+    is_translated: bool = false,
     /// `flag_ring_logged`.
     flags: u32 = 0,
     /// Entries in an inflight region; 0 for none.
@@ -135,12 +139,13 @@ pub const Guest = struct {
     }
 
     pub fn ringConfig(self: *Guest) layout.RingConfig {
+        const offset: u64 = if (self.options.is_translated) iova_offset else uva_offset;
         return .{
-            .descriptor_address = descriptors + uva_offset,
-            .available_address = available + uva_offset,
-            .used_address = used + uva_offset,
+            .descriptor_address = descriptors + offset,
+            .available_address = available + offset,
+            .used_address = used + offset,
             .features = self.options.features,
-            .space = layout.space_uva,
+            .space = if (self.options.is_translated) layout.space_iova else layout.space_uva,
             .size = self.options.size,
             .base = self.options.base,
             .header_bytes = self.options.header_bytes,
@@ -164,6 +169,29 @@ pub const Guest = struct {
             linux.closeQuietly(fd);
         }
         std.testing.allocator.destroy(self);
+    }
+
+    /// Lets the device reach `size` bytes at an IOVA, which are at `gpa`.
+    pub fn map(self: *Guest, iova: u64, gpa: u64, size: u64, access: u32) !void {
+        try expectEqual(0, translation.update(self.memory, iova, size, gpa + uva_offset, access));
+    }
+
+    pub fn unmap(self: *Guest, iova: u64, size: u64) !void {
+        try expectEqual(0, translation.invalidate(self.memory, iova, size));
+    }
+
+    /// Maps the ring's areas, each to its own pages.
+    pub fn mapRing(self: *Guest) !void {
+        for ([_]u64{ descriptors, available, used }) |area| {
+            try self.map(area + iova_offset, area, 0x1000, layout.access_read | layout.access_write);
+        }
+    }
+
+    /// What the last call lacked, in its order.
+    pub fn expectMisses(self: *Guest, expected: []const layout.IotlbMiss) !void {
+        var found: [40]layout.IotlbMiss = undefined;
+        const count: usize = @intCast(rings.misses(self.ring, &found, found.len));
+        try std.testing.expectEqualSlices(layout.IotlbMiss, expected, found[0..count]);
     }
 
     /// Guest memory from `gpa` to the end of its region.

@@ -153,7 +153,7 @@ test "a ring that is not whole, aligned and of a legal size is refused" {
         .{ .field = .used, .value = end - 68, .errno = .FAULT, .reason = layout.refuse_ring_used_area },
         .{ .field = .header, .value = 257, .errno = .INVAL, .reason = layout.refuse_ring_config },
         .{ .field = .trailer, .value = 2, .errno = .INVAL, .reason = layout.refuse_ring_config },
-        .{ .field = .space, .value = 2, .errno = .INVAL, .reason = layout.refuse_ring_config },
+        .{ .field = .space, .value = 3, .errno = .INVAL, .reason = layout.refuse_ring_config },
     };
     for (cases) |case| {
         var config = guest.ringConfig();

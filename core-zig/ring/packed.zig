@@ -148,14 +148,22 @@ pub const Packed = struct {
     /// Where the front-end gave a region for it.
     inflight: ?PackedInflight = null,
 
-    pub fn init(pointers: [3][*]u8, start: u32) Packed {
+    /// `place` comes next.
+    pub fn init(start: u32) Packed {
         return .{
-            .descriptors = @ptrCast(@alignCast(pointers[0])),
-            .driver_event = @ptrCast(@alignCast(pointers[1])),
-            .device_event = @ptrCast(@alignCast(pointers[2])),
+            .descriptors = undefined,
+            .driver_event = undefined,
+            .device_event = undefined,
             .available = @bitCast(@as(u16, @truncate(start))),
             .used = @bitCast(@as(u16, @truncate(start >> 16))),
         };
+    }
+
+    /// Where the areas are, from now on.
+    pub fn place(self: *Packed, pointers: [3][*]u8, _: bool) void {
+        self.descriptors = @ptrCast(@alignCast(pointers[0]));
+        self.driver_event = @ptrCast(@alignCast(pointers[1]));
+        self.device_event = @ptrCast(@alignCast(pointers[2]));
     }
 
     pub fn allocate(self: *Packed, size: u32) bool {
@@ -210,7 +218,7 @@ pub const Packed = struct {
 
     /// Pops into the batch until it is full, the ring empty or a rule broken.
     /// Requests of an earlier run come first, and not together with new ones.
-    pub inline fn take(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+    pub inline fn take(self: *Packed, ring: *Ring, batch: anytype, max: u32) chain.Error!void {
         if (self.toResubmit() != 0) return self.retake(ring, batch, max);
         // In registers: for all that the compiler knows the batch is the ring.
         var at: Cursor = .init(self.available);
@@ -242,7 +250,7 @@ pub const Packed = struct {
 
     /// Their descriptors are in the region and perhaps no longer in the ring;
     /// `available` is behind them already.
-    noinline fn retake(self: *Packed, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+    noinline fn retake(self: *Packed, ring: *Ring, batch: anytype, max: u32) chain.Error!void {
         const tracker = &self.inflight.?;
         for (0..@min(tracker.pending(), max)) |_| {
             const resubmit = tracker.resubmits[tracker.resubmitted];
@@ -280,7 +288,7 @@ pub const Packed = struct {
 
     /// Returns how many descriptors the chain has, at most `limit`, and the
     /// second word of the last.
-    inline fn walk(self: *Packed, ring: *const Ring, batch: *chain.Batch, start: u32, first: u64, limit: u32) chain.Error!struct { u32, u64 } {
+    inline fn walk(self: *Packed, ring: *const Ring, batch: anytype, start: u32, first: u64, limit: u32) chain.Error!struct { u32, u64 } {
         var slot = start;
         var word = first;
         var count: u32 = 1;

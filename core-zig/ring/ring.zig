@@ -13,6 +13,7 @@ const memory = @import("../memory/memory.zig");
 const chain = @import("chain.zig");
 const split = @import("split.zig");
 const packed_ring = @import("packed.zig");
+const iova_areas = @import("iova_areas.zig");
 const dirty_log = @import("../memory/dirty_log.zig");
 const Written = @import("written.zig").Written;
 const inflight = @import("inflight.zig");
@@ -45,8 +46,10 @@ pub const Ring = struct {
     /// Stays valid while we hold views of it, also after its handle is dead.
     memory: *memory.Memory,
     size: u32,
-    /// Where the areas are: held until `destroy`.
+    /// Where the areas are: held until `destroy`. Not for IOVAs.
     views: [areas]u32,
+    /// Of a ring whose addresses are IOVAs.
+    iova: ?*iova_areas.Areas = null,
     /// Holds the region in which the format tracks what is in flight.
     region: ?*inflight.Inflight = null,
     cache: memory.Cache = .{},
@@ -79,7 +82,7 @@ pub const Ring = struct {
     oldest: u32 = 0,
     ordered: u32 = 0,
 
-    fn breakWith(self: *Ring, reason: u32, value: u64) i32 {
+    pub fn breakWith(self: *Ring, reason: u32, value: u64) i32 {
         self.broken = reason;
         self.broken_value = value;
         return self.failure();
@@ -97,14 +100,41 @@ pub const Ring = struct {
         return false;
     }
 
+    /// From here to `leave` the ring may be touched, and what is popped stays
+    /// mapped; may nest. Returns 0, or a negative errno and there is nothing to
+    /// leave: -EAGAIN when the ring waits for the IOTLB.
+    pub inline fn enter(self: *Ring) i32 {
+        return if (self.iova) |where| where.enter(self) else 0;
+    }
+
+    pub inline fn leave(self: *Ring) void {
+        if (self.iova) |where| where.leave(self);
+    }
+
+    /// Goes on where the inflight region says that the last run ended.
+    pub fn attach(ring: *Ring, config: *const layout.RingConfig) i32 {
+        const region = inflight.acquire(config.inflight) orelse return linux.fail(.BADF);
+        ring.region = region;
+        const area = region.area(config.queue_index, ring.size, has(config.features, feature_packed)) orelse return linux.fail(.INVAL);
+        const tracked = switch (ring.format) {
+            inline else => |*format| format.track(area, ring.size),
+        };
+        tracked catch |why| return switch (why) {
+            error.Damaged => linux.fail(.UCLEAN),
+            error.OutOfMemory => linux.fail(.NOMEM),
+        };
+        // What was read since a fault may be zeros that nobody wrote.
+        return if (ring.memory.isUsable()) 0 else linux.fail(.FAULT);
+    }
+
     /// A head that the driver made available.
-    pub inline fn requireFree(self: *const Ring, batch: *chain.Batch, head: u32) chain.Error!void {
+    pub inline fn requireFree(self: *const Ring, batch: anytype, head: u32) chain.Error!void {
         if (head >= self.size) return batch.breach(layout.broken_head, head);
         if (self.heads[head] != .free) return batch.breach(layout.broken_head_in_flight, head);
     }
 
     /// The request in the batch is complete: it is the device's now.
-    pub inline fn own(self: *Ring, batch: *const chain.Batch, head: u32) void {
+    pub inline fn own(self: *Ring, batch: anytype, head: u32) void {
         self.heads[head] = .in_flight;
         if (self.log) |log| log.remember(batch, head);
         self.popped += 1;
@@ -174,7 +204,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         return linux.fail(.INVAL);
     }
     if (config.header_bytes > header_maximum or config.trailer_bytes > trailer_maximum or
-        config.space > layout.space_uva or config.flags & ~ring_flags != 0 or
+        config.space > layout.space_iova or config.flags & ~ring_flags != 0 or
         config.queue_index >= dirty_log.queue_maximum or
         (is_packed and !packed_ring.isBase(config.base, size)))
     {
@@ -188,6 +218,21 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
     const addresses = [areas]u64{ config.descriptor_address, config.available_address, config.used_address };
     const lengths = if (is_packed) packed_ring.areaLengths(size) else split.areaLengths(size);
     const alignments = if (is_packed) packed_ring.alignments else split.alignments;
+    if (config.space == layout.space_iova) {
+        for (addresses, lengths, alignments, 0..) |address, length, alignment, i| {
+            reason_out.* = layout.refuse_ring_descriptor_area + @as(u32, @intCast(i));
+            if (address % alignment != 0 or address > std.math.maxInt(u64) - @as(u64, length - 1)) return linux.fail(.INVAL);
+        }
+        reason_out.* = layout.refuse_none;
+        // They need not be mapped yet, nor stay so.
+        return createTranslated(object, config, reason_out, .{
+            .addresses = addresses,
+            .lengths = lengths,
+            .alignments = alignments,
+            .accesses = if (is_packed) iova_areas.packed_accesses else iova_areas.split_accesses,
+            .config = config.*,
+        });
+    }
     var pointers: [areas][*]u8 = undefined;
     var views: [areas]u32 = undefined;
     var descriptor_gpa: u64 = 0;
@@ -205,20 +250,11 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
     reason_out.* = layout.refuse_none;
 
     const ring = sync.allocator.create(Ring) catch return linux.fail(.NOMEM);
-    ring.* = .{
-        .format = if (is_packed)
-            .{ .packed_ring = .init(pointers, config.base) }
-        else
-            .{ .split = .init(pointers, if (config.flags & layout.flag_ring_resumed != 0) null else config.base) },
-        .memory = object,
-        .size = size,
-        .views = views,
-        .header_bytes = config.header_bytes,
-        .trailer_bytes = config.trailer_bytes,
-        .has_indirect = has(config.features, feature_indirect),
-        .has_event_idx = has(config.features, feature_event_idx),
-        .is_in_order = has(config.features, feature_in_order),
-    };
+    ring.* = made(object, config);
+    ring.views = views;
+    switch (ring.format) {
+        inline else => |*format| format.place(pointers, true),
+    }
     for (views, 0..) |view, i| {
         if (object.hold(view)) continue;
         for (views[0..i]) |held| object.unhold(held);
@@ -232,7 +268,7 @@ pub fn create(memory_handle: u32, config: *const layout.RingConfig, reason_out: 
         };
     }
     if (config.inflight != 0) {
-        const refused = attach(ring, config, is_packed);
+        const refused = ring.attach(config);
         if (refused < 0) {
             reason_out.* = layout.refuse_ring_inflight;
             release(ring);
@@ -250,20 +286,54 @@ fn has(features: u64, bit: u6) bool {
     return features >> bit & 1 != 0;
 }
 
-/// Goes on where the inflight region says that the last run ended.
-fn attach(ring: *Ring, config: *const layout.RingConfig, is_packed: bool) i32 {
-    const region = inflight.acquire(config.inflight) orelse return linux.fail(.BADF);
-    ring.region = region;
-    const area = region.area(config.queue_index, ring.size, is_packed) orelse return linux.fail(.INVAL);
-    const tracked = switch (ring.format) {
-        inline else => |*format| format.track(area, ring.size),
+fn made(object: *memory.Memory, config: *const layout.RingConfig) Ring {
+    return .{
+        .format = if (has(config.features, feature_packed))
+            .{ .packed_ring = .init(config.base) }
+        else
+            .{ .split = .init(if (config.flags & layout.flag_ring_resumed != 0) null else config.base) },
+        .memory = object,
+        .size = config.size,
+        .views = undefined,
+        .header_bytes = config.header_bytes,
+        .trailer_bytes = config.trailer_bytes,
+        .has_indirect = has(config.features, feature_indirect),
+        .has_event_idx = has(config.features, feature_event_idx),
+        .is_in_order = has(config.features, feature_in_order),
     };
-    tracked catch |failure| return switch (failure) {
-        error.Damaged => linux.fail(.UCLEAN),
-        error.OutOfMemory => linux.fail(.NOMEM),
+}
+
+fn createTranslated(object: *memory.Memory, config: *const layout.RingConfig, reason_out: *u32, where: iova_areas.Areas) i32 {
+    const ring = sync.allocator.create(Ring) catch return linux.fail(.NOMEM);
+    ring.* = made(object, config);
+    ring.iova = sync.allocator.create(iova_areas.Areas) catch {
+        sync.allocator.destroy(ring);
+        return linux.fail(.NOMEM);
     };
-    // What was read since a fault may be zeros that nobody wrote.
-    return if (ring.memory.isUsable()) 0 else linux.fail(.FAULT);
+    ring.iova.?.* = where;
+    object.pin();
+    if (config.flags & layout.flag_ring_logged != 0) {
+        ring.log = Written.create(&object.dirty_log, config.queue_index, 0, config.size) orelse {
+            release(ring);
+            return linux.fail(.NOMEM);
+        };
+    }
+    if (!allocate(ring)) {
+        release(ring);
+        return linux.fail(.NOMEM);
+    }
+    const entered = ring.enter();
+    if (entered == 0) ring.leave();
+    // That it is not mapped at the moment is no error.
+    if (entered != 0 and entered != linux.fail(.AGAIN)) {
+        const refused = ring.iova.?.refused;
+        if (refused != 0) reason_out.* = layout.refuse_ring_inflight;
+        release(ring);
+        return if (refused != 0) refused else linux.fail(.FAULT);
+    }
+    if (rings.insert(ring)) |handle| return @intCast(handle);
+    release(ring);
+    return linux.fail(.NOMEM);
 }
 
 fn allocate(ring: *Ring) bool {
@@ -281,7 +351,12 @@ fn allocate(ring: *Ring) bool {
 }
 
 fn release(ring: *Ring) void {
-    for (ring.views) |view| ring.memory.unhold(view);
+    if (ring.iova) |where| {
+        where.release(ring.memory);
+        sync.allocator.destroy(where);
+    } else {
+        for (ring.views) |view| ring.memory.unhold(view);
+    }
     sync.allocator.free(ring.heads);
     sync.allocator.free(ring.order);
     sync.allocator.free(ring.writable);
@@ -297,26 +372,42 @@ fn release(ring: *Ring) void {
 
 /// Takes up to `max` available requests into `batch`: record i at word
 /// i * stride, segments from word max * stride on. Returns how many, -EPROTO
-/// when the driver broke the ring, -EFAULT when the memory is gone. A request
+/// when the driver broke the ring, -EFAULT when the memory is gone, -EAGAIN
+/// when the next request, or the ring, waits for the IOTLB (`misses`). A request
 /// whose segments (the trailer's own included) do not fit behind those before
 /// it stays for the next call. What an earlier run left in the inflight region
 /// comes first, oldest first, in calls of its own.
 pub fn pop(handle: u32, words: [*]u32, word_count: u32, max: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
+    if (ring.iova) |where| return popTranslated(ring, where, words, word_count, max);
     return switch (ring.format) {
-        inline else => |*format| popFrom(ring, format, words, word_count, max),
+        inline else => |*format| popFrom(false, ring, format, words, word_count, max),
     };
 }
 
-inline fn popFrom(ring: *Ring, format: anytype, words: [*]u32, word_count: u32, max: u32) i32 {
+noinline fn popTranslated(ring: *Ring, where: *iova_areas.Areas, words: [*]u32, word_count: u32, max: u32) i32 {
+    const result = where.enter(ring);
+    if (result != 0) return result;
+    defer where.leave(ring);
+    where.miss_count = 0;
+    return switch (ring.format) {
+        inline else => |*format| popFrom(true, ring, format, words, word_count, max),
+    };
+}
+
+inline fn popFrom(comptime is_translated: bool, ring: *Ring, format: anytype, words: [*]u32, word_count: u32, max: u32) i32 {
     const table = ring.memory.enter();
     defer ring.memory.leave();
     // Work on a copy: the compiler need not fear that the batch is the cache.
     var cache = ring.cache;
     defer ring.cache = cache;
-    var batch = chain.Batch.init(table, &cache, words, word_count, max, ring.header_bytes, ring.trailer_bytes) orelse
+    var batch = chain.Batch(is_translated).init(table, &cache, words, word_count, max, ring.header_bytes, ring.trailer_bytes) orelse
         return linux.fail(.INVAL);
+    if (is_translated) {
+        batch.iova = ring.iova.?;
+        batch.memory = ring.memory;
+    }
 
     const start = format.position();
     const outcome = format.take(ring, &batch, max);
@@ -330,6 +421,7 @@ inline fn popFrom(ring: *Ring, format: anytype, words: [*]u32, word_count: u32, 
     if (done == 0) outcome catch |reason| return switch (reason) {
         error.Full => ring.breakWith(layout.broken_segments, batch.segment_capacity),
         error.Broken => ring.breakWith(batch.reason, batch.value),
+        error.Missing => linux.fail(.AGAIN),
     };
     ring.in_flight += done;
     return @intCast(done);
@@ -337,10 +429,14 @@ inline fn popFrom(ring: *Ring, format: anytype, words: [*]u32, word_count: u32, 
 
 /// Gives requests back to the driver. Returns 1 when it must be called, 0
 /// when not; -EINVAL (and nothing is published) when a head is not in flight,
-/// -EPROTO or -EFAULT when the ring is broken, and the completions are lost.
+/// -EPROTO or -EFAULT when the ring is broken, and the completions are lost;
+/// -EAGAIN when the ring waits for the IOTLB (`misses`) and nothing is taken.
 pub fn push(handle: u32, completions: [*]const layout.Completion, count: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
+    const entered = ring.enter();
+    if (entered != 0) return entered;
+    defer ring.leave();
     if (count > ring.in_flight) return linux.fail(.INVAL);
     const checked: HeadState = if (ring.is_in_order) .completed else .free;
     for (completions[0..count], 0..) |completion, i| {
@@ -382,10 +478,13 @@ inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Compl
 }
 
 /// Asks for kicks. Returns 1 when there is already more to pop, for which no
-/// kick may come: the caller must pop before it waits.
+/// kick may come: the caller must pop before it waits. -EAGAIN as `pop`.
 pub fn arm(handle: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
+    const entered = ring.enter();
+    if (entered != 0) return entered;
+    defer ring.leave();
     return switch (ring.format) {
         inline else => |*format| {
             const has_more = format.arm(ring);
@@ -399,6 +498,9 @@ pub fn arm(handle: u32) callconv(.c) i32 {
 pub fn disarm(handle: u32) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
     if (!ring.isUsable()) return ring.failure();
+    const entered = ring.enter();
+    if (entered != 0) return entered;
+    defer ring.leave();
     switch (ring.format) {
         inline else => |*format| {
             format.disarm(ring);
@@ -406,6 +508,15 @@ pub fn disarm(handle: u32) callconv(.c) i32 {
         },
     }
     return 0;
+}
+
+/// What the last pop, or the call that returned -EAGAIN, lacked; how many.
+pub fn misses(handle: u32, out: [*]layout.IotlbMiss, capacity: u32) callconv(.c) i32 {
+    const ring = rings.get(handle) orelse return linux.fail(.BADF);
+    const where = ring.iova orelse return 0;
+    const count = @min(where.miss_count, capacity);
+    @memcpy(out[0..count], where.misses[0..count]);
+    return @intCast(count);
 }
 
 pub fn state(handle: u32, state_out: *layout.RingState) callconv(.c) i32 {
@@ -438,6 +549,7 @@ pub fn destroy(handle: u32) callconv(.c) i32 {
 
 test {
     _ = chain;
+    _ = iova_areas;
     _ = @import("written_test.zig");
     _ = split;
     _ = packed_ring;
@@ -448,4 +560,5 @@ test {
     _ = @import("in_order_test.zig");
     _ = inflight;
     _ = @import("inflight_test.zig");
+    _ = @import("iova_test.zig");
 }

@@ -81,23 +81,27 @@ pub const Split = struct {
     descriptors: [*]align(16) const [2]u64,
     available: *Available,
     used: *Used,
+    /// Nobody has said where to begin.
+    is_resumed: bool,
     last_available: u16,
     used_index: u16,
     /// Where the front-end gave a region for it.
     inflight: ?SplitInflight = null,
 
-    /// Without a start it goes on where the used ring ends.
-    pub fn init(pointers: [3][*]u8, start: ?u32) Split {
-        const used: *Used = @ptrCast(@alignCast(pointers[2]));
+    /// `place` comes next. Without a start it goes on where the used ring ends.
+    pub fn init(start: ?u32) Split {
+        return .{ .descriptors = undefined, .available = undefined, .used = undefined, .is_resumed = start == null, .last_available = @truncate(start orelse 0), .used_index = 0 };
+    }
+
+    /// Where the areas are, from now on.
+    pub fn place(self: *Split, pointers: [3][*]u8, is_first: bool) void {
+        self.descriptors = @ptrCast(@alignCast(pointers[0]));
+        self.available = @ptrCast(@alignCast(pointers[1]));
+        self.used = @ptrCast(@alignCast(pointers[2]));
+        if (!is_first) return;
         // The driver may have been reset since: what it reads counts.
-        const used_index = @atomicLoad(u16, &used.index, .acquire);
-        return .{
-            .descriptors = @ptrCast(@alignCast(pointers[0])),
-            .available = @ptrCast(@alignCast(pointers[1])),
-            .used = used,
-            .last_available = if (start) |index| @truncate(index) else used_index,
-            .used_index = used_index,
-        };
+        self.used_index = @atomicLoad(u16, &self.used.index, .acquire);
+        if (self.is_resumed) self.last_available = self.used_index;
     }
 
     /// Goes on where the region says that an earlier run ended.
@@ -134,7 +138,7 @@ pub const Split = struct {
 
     /// Pops into the batch until it is full, the ring empty or a rule broken.
     /// Requests of an earlier run come first, and not together with new ones.
-    pub inline fn take(self: *Split, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+    pub inline fn take(self: *Split, ring: *Ring, batch: anytype, max: u32) chain.Error!void {
         if (self.toResubmit() != 0) return self.retake(ring, batch, max);
         // Acquire: pairs with the driver's barrier before it stores avail.idx;
         // heads and descriptors are read after it.
@@ -165,7 +169,7 @@ pub const Split = struct {
     }
 
     /// They are marked in the region already, and behind `last_available`.
-    noinline fn retake(self: *Split, ring: *Ring, batch: *chain.Batch, max: u32) chain.Error!void {
+    noinline fn retake(self: *Split, ring: *Ring, batch: anytype, max: u32) chain.Error!void {
         const tracker = &self.inflight.?;
         for (0..@min(tracker.pending(), max)) |_| {
             const head = tracker.resubmits[tracker.resubmitted];
@@ -185,7 +189,7 @@ pub const Split = struct {
         self.last_available -%= 1;
     }
 
-    inline fn walk(self: *Split, ring: *const Ring, batch: *chain.Batch, head: u32) chain.Error!void {
+    inline fn walk(self: *Split, ring: *const Ring, batch: anytype, head: u32) chain.Error!void {
         var index = head;
         for (0..ring.size) |_| {
             const descriptor: chain.Descriptor = .load(&self.descriptors[index]);

@@ -51,6 +51,9 @@ pub const Written = struct {
     queue: u32,
     /// Where the descriptors are, for a packed ring.
     descriptor_gpa: u64,
+    /// Where the used ring is, if its address is an IOVA: what the front-end
+    /// gives for the log is one then, too (as QEMU and DPDK have it).
+    used_gpa: ?u64 = null,
     /// One per head.
     requests: []Request,
     blocks: std.ArrayList(Block) = .empty,
@@ -80,7 +83,7 @@ pub const Written = struct {
     }
 
     /// The request that the batch has just finished.
-    pub inline fn remember(self: *Written, batch: *const chain.Batch, head: u32) void {
+    pub inline fn remember(self: *Written, batch: anytype, head: u32) void {
         const record = batch.finished();
         const request = &self.requests[head];
         const segments = batch.segments[batch.segment_count - record.writable_count .. batch.segment_count];
@@ -195,7 +198,8 @@ pub const Written = struct {
     /// The address that stands for the used ring, if that is logged; between
     /// `begin` and `end`.
     pub fn ringAddress(self: *const Written) ?u64 {
-        return self.writer.ringAddress(self.queue);
+        const address = self.writer.ringAddress(self.queue) orelse return null;
+        return self.used_gpa orelse address;
     }
 
     /// After the requests were given back.
@@ -209,6 +213,6 @@ pub const Written = struct {
     pub fn markRing(self: *const Written, offset: u64, length: u64) void {
         var writer = self.log.enter();
         defer writer.leave();
-        if (writer.ringAddress(self.queue)) |address| writer.mark(address +| offset, length);
+        if (writer.ringAddress(self.queue)) |address| writer.mark((self.used_gpa orelse address) +| offset, length);
     }
 };
