@@ -20,6 +20,7 @@ export type {
   TargetOps,
 } from "./session/target_ops.ts";
 export { Device, MemoryRegion } from "./session/device.ts";
+export type { Access } from "./ffi/iotlb.ts";
 export {
   type HostNotifier,
   Queue,

@@ -17,6 +17,12 @@ import { binding, core } from "./core.ts";
 import { DirtyLog } from "./dirty_log.ts";
 import { check, Errno, errnoName, Vhost2Error } from "./errors.ts";
 import { eventLoop } from "./event_loop.ts";
+import { Iotlb } from "./iotlb.ts";
+import {
+  readTranslation,
+  type Translation,
+  translationOut,
+} from "./translation.ts";
 
 /** One region as the front-end describes it. */
 export interface RegionDescription {
@@ -50,19 +56,9 @@ export interface PreparedChange {
   readonly removed: number;
 }
 
-/** Where a guest address is. */
-export interface Translation {
-  readonly view: number;
-  readonly offset: number;
-  /** Bytes, clipped at the end of the view. */
-  readonly length: number;
-  readonly regionViewFirst: number;
-  readonly regionOffset: number;
-  /** Bytes, clipped at the end of the region. */
-  readonly contiguous: number;
-}
-
-export type AddressSpace = "gpa" | "uva";
+export type { Translation };
+/** An iova is translated by the IOTLB. */
+export type AddressSpace = "gpa" | "uva" | "iova";
 export type MemoryState = "ok" | "faulted" | "revoked";
 
 const spaces = { gpa: constants.spaceGpa, uva: constants.spaceUva };
@@ -78,7 +74,7 @@ const canViewLarge = binding.maxViewSize > constants.viewSize * 2;
 const prepareResult = new DataView(
   new ArrayBuffer(layouts.PrepareResult.byteSize),
 );
-const translation = new DataView(new ArrayBuffer(layouts.Translation.byteSize));
+const translation = translationOut();
 
 /** Why a table was refused, as one clause. */
 function refusal(region: RegionDescription | undefined): string {
@@ -139,6 +135,8 @@ export class GuestMemory {
   readonly handle: number;
   /** What is written is logged here for a front-end that migrates. */
   readonly log: DirtyLog;
+  /** Translations of IOVAs. */
+  readonly iotlb: Iotlb;
   /** Windows by view number; a hole where no region is. */
   readonly views: (Uint8Array<ArrayBuffer> | undefined)[] = [];
   /** The same windows for reading wider fields. */
@@ -162,6 +160,7 @@ export class GuestMemory {
     if (shared !== undefined) {
       this.handle = shared.handle;
       this.log = new DirtyLog(this.handle);
+      this.iotlb = new Iotlb(this.handle);
       this.#stopWatching = () => {};
       this.#isClosed = true;
       return;
@@ -171,6 +170,7 @@ export class GuestMemory {
       "Cannot make a guest memory",
     );
     this.log = new DirtyLog(this.handle);
+    this.iotlb = new Iotlb(this.handle);
     this.#stopWatching = eventLoop.onFault(() => {
       if (this.state !== "faulted") return;
       const handler = this.onFault;
@@ -389,7 +389,7 @@ export class GuestMemory {
 
   /** Where an address is, or null when it is not mapped. */
   translate(
-    space: AddressSpace,
+    space: Exclude<AddressSpace, "iova">,
     address: bigint,
     length: number,
   ): Translation | null {
@@ -406,15 +406,7 @@ export class GuestMemory {
       if (result === -Errno.EFAULT) return null;
       check(result, `Cannot translate address 0x${address.toString(16)}`);
     }
-    const field = layouts.Translation;
-    return {
-      view: translation.getUint32(field.view, true),
-      offset: translation.getUint32(field.offset, true),
-      length: translation.getUint32(field.length, true),
-      regionViewFirst: translation.getUint32(field.regionViewFirst, true),
-      regionOffset: Number(translation.getBigUint64(field.regionOffset, true)),
-      contiguous: Number(translation.getBigUint64(field.contiguous, true)),
-    };
+    return readTranslation(translation);
   }
 
   /**
@@ -422,12 +414,23 @@ export class GuestMemory {
    * and one buffer; null otherwise.
    */
   whole(
-    space: AddressSpace,
+    space: Exclude<AddressSpace, "iova">,
     address: bigint,
     length: number,
   ): Uint8Array<ArrayBuffer> | null {
     const found = this.translate(space, address, length);
     if (found === null || found.contiguous < length) return null;
+    return this.viewOf(found, length);
+  }
+
+  /**
+   * `length` bytes from where a translation begins, which its region has; null
+   * when they are not in one buffer.
+   */
+  viewOf(
+    found: Translation,
+    length: number,
+  ): Uint8Array<ArrayBuffer> | null {
     const region = this.#regions.find((r) =>
       r.viewFirst === found.regionViewFirst
     );

@@ -45,14 +45,31 @@ export class BackendRequests {
     payload: BackendPayloadOf<I>,
     fds: readonly number[] = [],
   ): Promise<void> {
-    const { channel, name, bytes } = this.#prepare(id, payload, fds.length);
-    const needReply = hasFeature(
+    const ack = await this.ask(id, payload, fds);
+    if ((ack ?? 0n) === 0n) return;
+    throw this.#failure(
+      findBackendRow(id)!.name,
+      `the front-end answers ${ack}`,
+    );
+  }
+
+  /** REPLY_ACK is negotiated: what is sent is answered. */
+  get canAcknowledge(): boolean {
+    return hasFeature(
       this.#session.ackedProtocolFeatures,
       ProtocolFeature.REPLY_ACK,
     );
-    const ack = await channel.request(id, bytes, { fds, needReply });
-    if ((ack ?? 0n) === 0n) return;
-    throw this.#failure(name, `the front-end answers ${ack}`);
+  }
+
+  /** As `send`, but answers the ack, whatever it is; undefined without one. */
+  async ask<I extends BackendRequestId>(
+    id: I,
+    payload: BackendPayloadOf<I>,
+    fds: readonly number[] = [],
+  ): Promise<bigint | undefined> {
+    const { channel, bytes } = this.#prepare(id, payload, fds.length);
+    const needReply = this.canAcknowledge;
+    return await channel.request(id, bytes, { fds, needReply });
   }
 
   /** Asks for a shared object: its descriptor, the caller's; null: no such. */
@@ -91,7 +108,6 @@ export class BackendRequests {
     }
     const codec: Codec<unknown> = payloadCodecs[row.payload];
     return {
-      name,
       channel: backendChannel,
       bytes: codec.encode(payload, plainWire),
     };

@@ -4,17 +4,20 @@
  * @module
  */
 
-import type {
-  AddressSpace,
-  GuestMemory,
-  MappedRegion,
-} from "../ffi/guest_memory.ts";
+import type { GuestMemory, MappedRegion } from "../ffi/guest_memory.ts";
+import type { Access } from "../ffi/iotlb.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import { type Gpa, gpa, type Uva, uva } from "../protocol/address.ts";
 import { BackendRequest as Id } from "../protocol/backend_request.ts";
 import type { BackendRequests } from "./backend_requests.ts";
 import type { Queue } from "./queue.ts";
 import type { SharedMapping, SharedMemory } from "./shared_memory.ts";
+import type { Translations } from "./translations.ts";
+
+/** A sum that passed 2^64 must not come round to the guest's first bytes. */
+function isRange(address: bigint, length: number): boolean {
+  return length >= 1 && address === BigInt.asUintN(64, address);
+}
 
 /** One region of guest memory. */
 export class MemoryRegion {
@@ -58,6 +61,12 @@ export interface DeviceSession {
   report(error: Vhost2Error): void;
   readonly requests: Pick<BackendRequests, "send" | "lookUp">;
   readonly sharedMemory: Pick<SharedMemory, "map" | "unmap">;
+  readonly translations: Pick<Translations, "isActive">;
+  whenMapped(
+    address: bigint,
+    access: Access,
+    queue: Queue | undefined,
+  ): Promise<void>;
   configChanged(): void;
 }
 
@@ -124,24 +133,29 @@ export class Device {
    * region ends (or at a multiple of 2 GiB inside it), null where `address` is
    * not mapped. Every call checks; keep no address.
    *
-   * @param address guest physical address
+   * With ACCESS_PLATFORM the driver's addresses are I/O virtual ones: then the
+   * view ends also where the IOTLB leads elsewhere, and null says that it has
+   * no translation, or none that permits the access (`translateAsync` asks the
+   * front-end). Take such a view anew for each request: after the driver has
+   * got its request back the memory may be something else's.
+   *
+   * @param address guest physical address; an IOVA with ACCESS_PLATFORM
    * @param length bytes wanted, more than 0
+   * @param access what the device will do there; both unless given. It matters
+   * with ACCESS_PLATFORM only.
    */
-  translate(address: bigint, length: number): Uint8Array<ArrayBuffer> | null {
-    return this.#translate("gpa", address, length);
-  }
-
-  #translate(
-    space: AddressSpace,
+  translate(
     address: bigint,
     length: number,
+    access: Access = "readWrite",
   ): Uint8Array<ArrayBuffer> | null {
-    // A sum that passed 2^64 must not come round to the guest's first bytes.
-    if (!(length >= 1) || address !== BigInt.asUintN(64, address)) return null;
-    const memory = this.#session.memory;
+    if (!isRange(address, length)) return null;
+    const { memory, translations } = this.#session;
     const bytes = Math.min(Math.floor(length), Number.MAX_SAFE_INTEGER);
-    const found = memory.translate(space, address, bytes);
-    if (found === null) return null;
+    const found = translations.isActive
+      ? memory.iotlb.translate(address, bytes, access)
+      : memory.translate("gpa", address, bytes);
+    if (found === null || typeof found === "string") return null;
     const view = memory.views[found.view];
     return view === undefined
       ? null
@@ -156,7 +170,7 @@ export class Device {
    * and does nothing, unless LOG_ALL is in `features`. Pages outside the guest
    * are ignored. (vhost-user, "Logging".)
    *
-   * @param address guest physical address
+   * @param address as `translate` takes it
    * @param length bytes
    *
    * @example
@@ -174,7 +188,60 @@ export class Device {
   markDirty(address: bigint, length: number): void {
     if (!(length >= 1) || address !== BigInt.asUintN(64, address)) return;
     const bytes = Math.min(Math.ceil(length), Number.MAX_SAFE_INTEGER);
-    this.#session.memory.log.mark(address, bytes);
+    const { memory, translations } = this.#session;
+    if (!translations.isActive) return memory.log.mark(address, bytes);
+    // The log is by guest physical addresses.
+    for (let done = 0; done < bytes;) {
+      const found = memory.iotlb.translate(
+        address + BigInt(done),
+        bytes - done,
+        "write",
+      );
+      if (typeof found === "string") return;
+      const region = memory.regions.find((one) =>
+        one.viewFirst === found.regionViewFirst
+      );
+      if (region === undefined) return;
+      memory.log.mark(
+        region.gpa + BigInt(found.regionOffset),
+        found.contiguous,
+      );
+      done += found.contiguous;
+    }
+  }
+
+  /**
+   * As `translate`, but asks the front-end for a translation that is missing,
+   * and waits for it. May be awaited inside an op.
+   *
+   * Rejects with CLOSED when `queue` stops, all queues have stopped or the
+   * connection ends; with MEMORY when there is no such memory, the front-end
+   * has no translation or none that permits the access; with PROTOCOL when it
+   * cannot be asked (BACKEND_REQ).
+   *
+   * @param queue for whose sake: its stop does not wait
+   */
+  async translateAsync(
+    address: bigint,
+    length: number,
+    access: Access = "readWrite",
+    queue?: Queue,
+  ): Promise<Uint8Array<ArrayBuffer>> {
+    for (;;) {
+      const view = this.translate(address, length, access);
+      if (view !== null) return view;
+      if (
+        !isRange(address, length) || !this.#session.translations.isActive
+      ) {
+        throw new Vhost2Error(
+          "MEMORY",
+          `Cannot translate ${length} bytes at 0x${
+            address.toString(16)
+          }: that is not guest memory`,
+        );
+      }
+      await this.#session.whenMapped(address, access, queue);
+    }
   }
 
   /**

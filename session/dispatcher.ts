@@ -26,7 +26,7 @@ import {
   FLAG_REPLY,
   VERSION,
 } from "../protocol/message.ts";
-import { u64Payload } from "../protocol/payloads.ts";
+import { iotlbMessage, u64Payload } from "../protocol/payloads.ts";
 import { checkGate, payloadCodecs, replyDue } from "../protocol/request_row.ts";
 import type { Message } from "../transports/transport.ts";
 import {
@@ -56,6 +56,25 @@ export class Dispatcher {
 
   constructor(session: Session) {
     this.#session = session;
+  }
+
+  /**
+   * Handles an IOTLB message that goes past the others, also while an op runs;
+   * false for any other message, and for one that has to be refused.
+   */
+  takeNow(message: Message): boolean {
+    const session = this.#session;
+    if (
+      message.request !== FrontendRequest.IOTLB_MSG ||
+      !session.translations.isActive
+    ) return false;
+    const header = { ...message, size: message.payload.length };
+    if (classifyRequestHeader(header) !== null) return false;
+    const decoded = iotlbMessage.decode(message.payload, plainWire);
+    if (!decoded.ok || message.descriptors.count > 0) return false;
+    this.#trace("received", message, 0);
+    this.#ack(message, session.translations.take(decoded.value));
+    return true;
   }
 
   /** Handles one message. Throws when the connection must end. */

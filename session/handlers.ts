@@ -16,6 +16,7 @@ import * as deviceState from "./handlers/device_state.ts";
 import * as dirtyLog from "./handlers/dirty_log.ts";
 import * as features from "./handlers/features.ts";
 import * as inflight from "./handlers/inflight.ts";
+import { iotlb } from "./handlers/iotlb.ts";
 import * as lifecycle from "./handlers/lifecycle.ts";
 import * as memory from "./handlers/memory.ts";
 import * as postcopy from "./handlers/postcopy.ts";
@@ -56,6 +57,7 @@ export const handlers: Handlers = {
   [Id.GET_QUEUE_NUM]: features.getQueueNum,
   [Id.SET_VRING_ENABLE]: vring.setEnable,
   [Id.SET_BACKEND_REQ_FD]: lifecycle.setBackendChannel,
+  [Id.IOTLB_MSG]: iotlb,
   [Id.GET_CONFIG]: config.getConfig,
   [Id.SET_CONFIG]: config.setConfig,
   [Id.POSTCOPY_ADVISE]: postcopy.advise,

@@ -6,8 +6,10 @@
 
 import { Vhost2Error } from "../ffi/errors.ts";
 import type { GuestMemory } from "../ffi/guest_memory.ts";
+import type { IotlbMiss } from "../ffi/iotlb.ts";
 import type { Gpa, RingAddress } from "../protocol/address.ts";
 import type { Device } from "./device.ts";
+import type { RingAreas } from "./ring_areas.ts";
 
 /** What the session knows when it starts a queue. */
 export interface QueueSetup {
@@ -16,9 +18,6 @@ export interface QueueSetup {
   readonly size: number;
   readonly features: bigint;
   readonly addresses: RingAddresses;
-  readonly descriptorTable: Uint8Array<ArrayBuffer>;
-  readonly availableRing: Uint8Array<ArrayBuffer>;
-  readonly usedRing: Uint8Array<ArrayBuffer>;
   readonly base: number;
   readonly isPolled: boolean;
   readonly isLogged: boolean;
@@ -27,6 +26,9 @@ export interface QueueSetup {
   readonly wires: QueueWires;
   readonly runId?: number;
   readonly pollMicroseconds?: number;
+  /** Where the ring is now; null while it is not mapped (IOVAs). */
+  areas(): RingAreas | null;
+  missed(misses: readonly IotlbMiss[]): void;
   logAddress(): Gpa | null;
   isEnabled(): boolean;
   setHostNotifier(area: HostNotifier | null): Promise<void>;
@@ -57,7 +59,7 @@ export interface HostNotifier {
 
 /** Where the ring is, in the space of the front-end's addresses. */
 export interface RingAddresses {
-  readonly space: "gpa" | "uva";
+  readonly space: "gpa" | "uva" | "iova";
   readonly descriptor: RingAddress;
   readonly available: RingAddress;
   readonly used: RingAddress;
@@ -77,18 +79,6 @@ export class Queue {
   readonly size: number;
   /** Negotiated virtio features, without LOG_ALL, which may change. */
   readonly features: bigint;
-  /** 16 bytes per descriptor. Empty after the queue's memory has gone. */
-  readonly descriptorTable: Uint8Array<ArrayBuffer>;
-  /**
-   * flags, idx, ring[size], used_event; u16 each. With RING_PACKED the driver
-   * event suppression: position and wrap counter, flags; u16 each.
-   */
-  readonly availableRing: Uint8Array<ArrayBuffer>;
-  /**
-   * flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). With
-   * RING_PACKED the device event suppression: as the driver's.
-   */
-  readonly usedRing: Uint8Array<ArrayBuffer>;
   /** The front-end gave no kick: whoever processes the queue must look. */
   readonly isPolled: boolean;
   /**
@@ -140,9 +130,6 @@ export class Queue {
     this.index = setup.index;
     this.size = setup.size;
     this.features = setup.features;
-    this.descriptorTable = setup.descriptorTable;
-    this.availableRing = setup.availableRing;
-    this.usedRing = setup.usedRing;
     this.isPolled = setup.isPolled;
     this.isLogged = setup.isLogged;
     this.addresses = setup.addresses;
@@ -152,6 +139,40 @@ export class Queue {
     this.pollMicroseconds = setup.pollMicroseconds;
     this.wires = setup.wires;
     this.availableIndex = setup.base;
+  }
+
+  /**
+   * 16 bytes per descriptor. Empty after the queue's memory has gone. With
+   * ACCESS_PLATFORM the three areas move with the front-end's IOMMU: get them
+   * anew after every `await`, and find them empty while they are not mapped
+   * (`queueKick` says when to look again).
+   */
+  get descriptorTable(): Uint8Array<ArrayBuffer> {
+    return this.#setup.areas()?.descriptor ?? new Uint8Array(0);
+  }
+
+  /**
+   * flags, idx, ring[size], used_event; u16 each. With RING_PACKED the driver
+   * event suppression: position and wrap counter, flags; u16 each.
+   */
+  get availableRing(): Uint8Array<ArrayBuffer> {
+    return this.#setup.areas()?.available ?? new Uint8Array(0);
+  }
+
+  /**
+   * flags, idx (u16), ring[size] of { id, len } (u32), avail_event (u16). With
+   * RING_PACKED the device event suppression: as the driver's.
+   */
+  get usedRing(): Uint8Array<ArrayBuffer> {
+    return this.#setup.areas()?.used ?? new Uint8Array(0);
+  }
+
+  /**
+   * For `virtqueue/`: these IOVAs are missing. The front-end is asked, and the
+   * queue kicked when one of them has come.
+   */
+  missed(misses: readonly IotlbMiss[]): void {
+    if (this.#isStarted) this.#setup.missed(misses);
   }
 
   /**

@@ -10,6 +10,7 @@
  */
 
 import { GuestMemory } from "../ffi/guest_memory.ts";
+import type { Access } from "../ffi/iotlb.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import {
   featureMask,
@@ -19,23 +20,22 @@ import {
 } from "../protocol/features.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
 import { VRING_FLAG_LOG } from "../protocol/payloads.ts";
-import type {
-  BackendChannel,
-  Connection,
-  Message,
-} from "../transports/transport.ts";
+import type { BackendChannel, Connection } from "../transports/transport.ts";
 import { BackendRequests } from "./backend_requests.ts";
 import { Device } from "./device.ts";
 import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
 import { InBandNotifications } from "./in_band.ts";
 import { InflightTracking } from "./inflight.ts";
+import { Inbox } from "./inbox.ts";
 import { offeredProtocolFeatures } from "./offered_features.ts";
 import { Postcopy } from "./postcopy.ts";
 import { Queue } from "./queue.ts";
+import { findRingAreas, movingRingAreas } from "./ring_areas.ts";
 import { Sequencer } from "./sequencer.ts";
 import { SharedMemory } from "./shared_memory.ts";
 import type { TargetOps } from "./target_ops.ts";
+import { Translations } from "./translations.ts";
 import { Vring } from "./vring.ts";
 
 /** What a session needs to know of its target. */
@@ -71,19 +71,6 @@ const messagesPerTurn = 32;
 
 const logAllMask = featureMask(VirtioFeature.LOG_ALL);
 
-/**
- * Bytes of the three areas of a ring (virtio 1.3, sections 2.7 and 2.8): in a
- * packed one the latter two are event suppression structures.
- */
-export function ringAreaSizes(queueSize: number, isPacked: boolean) {
-  if (isPacked) return { descriptor: 16 * queueSize, available: 4, used: 4 };
-  return {
-    descriptor: 16 * queueSize,
-    available: 6 + 2 * queueSize,
-    used: 6 + 8 * queueSize,
-  };
-}
-
 export class Session {
   readonly options: SessionOptions;
   readonly connection: Connection;
@@ -97,15 +84,17 @@ export class Session {
   /** Fulfilled by `close`. */
   readonly #closed: Promise<void>;
   readonly #close: () => void;
-  /** The message after the one being handled, where somebody waits for it. */
-  #next: Promise<Message | null> | undefined;
   #shared: SharedArrayBuffer | undefined;
+  readonly #dispatcher = new Dispatcher(this);
+  readonly #inbox: Inbox;
   readonly #inBand = new InBandNotifications(this);
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
   readonly postcopy: Postcopy = new Postcopy(this.memory);
   readonly inflight: InflightTracking = new InflightTracking(this);
+  /** IOVAs, where the driver uses them. */
+  readonly translations: Translations = new Translations(this);
   ops: TargetOps = {};
   /** Negotiated virtio features; null until SET_FEATURES. */
   ackedFeatures: bigint | null = null;
@@ -131,6 +120,11 @@ export class Session {
     let close = () => {};
     this.#closed = new Promise((resolve) => close = resolve);
     this.#close = close;
+    this.#inbox = new Inbox({
+      connection,
+      takeNow: (message) => this.#dispatcher.takeNow(message),
+      readsAhead: () => this.translations.isActive,
+    });
     this.sharedMemory = new SharedMemory(options.sharedMemory, this.requests);
     this.device = new Device(this);
     this.sequencer = new Sequencer(options.owner, connection.name);
@@ -167,7 +161,12 @@ export class Session {
   }
 
   /** What the addresses of SET_VRING_ADDR are. */
-  get ringSpace(): "gpa" | "uva" {
+  get ringSpace(): "gpa" | "uva" | "iova" {
+    return this.translations.isActive ? "iova" : this.memorySpace;
+  }
+
+  /** How the front-end names places in the memory that it shares. */
+  get memorySpace(): "gpa" | "uva" {
     return hasFeature(this.ackedProtocolFeatures, ProtocolFeature.GPA_ADDRESSES)
       ? "gpa"
       : "uva";
@@ -243,16 +242,16 @@ export class Session {
   }
 
   async #takeMessages(): Promise<void> {
-    const dispatcher = new Dispatcher(this);
     for (let count = 1;; count++) {
-      const next = this.#next ?? this.connection.receive();
-      this.#next = undefined;
-      const message = await next;
+      const message = await this.#inbox.next();
       if (message === null) return;
-      try {
-        await dispatcher.dispatch(message);
-      } finally {
-        message.descriptors.close();
+      if (message !== undefined) {
+        try {
+          await this.#dispatcher.dispatch(message);
+        } finally {
+          message.descriptors.close();
+        }
+        this.#inbox.readAhead();
       }
       await this.#settle();
       if (count % messagesPerTurn === 0) {
@@ -267,12 +266,13 @@ export class Session {
    * another message has come; `close` ends that too.
    */
   async connectionEnded(): Promise<void> {
-    this.#next ??= this.connection.receive();
-    const next = this.#next.catch(() => null);
-    await Promise.race([
-      next.then((message) => message === null ? undefined : this.#closed),
-      this.#closed,
-    ]);
+    this.#inbox.lookAhead();
+    await Promise.race([this.#inbox.ended, this.#closed]);
+  }
+
+  /** Looks again whether queues can start. */
+  wake(): void {
+    this.#inbox.wake();
   }
 
   /** Ends the session: `run` comes to its end. */
@@ -297,7 +297,8 @@ export class Session {
   #release(): void {
     this.#end.abort();
     this.connection.close();
-    this.#next?.then((message) => message?.descriptors.close(), () => {});
+    this.#inbox.close();
+    this.translations.close();
     this.backendChannel?.close();
     this.backendChannel = null;
     for (const vring of this.vrings) vring.close();
@@ -327,17 +328,21 @@ export class Session {
   /** The queue of a vring, or null (and an error event) if it is not mapped. */
   #makeQueue(vring: Vring): Queue | null {
     const addresses = vring.addresses!;
-    const space = this.ringSpace;
-    const sizes = ringAreaSizes(vring.size, this.isPacked);
-    const area = (name: "descriptor" | "available" | "used") =>
-      this.memory.whole(space, addresses[name], sizes[name]);
-    const descriptorTable = area("descriptor");
-    const availableRing = area("available");
-    const usedRing = area("used");
-    if (
-      descriptorTable === null || availableRing === null || usedRing === null
-    ) {
+    const place = {
+      memory: this.memory,
+      space: this.ringSpace,
+      addresses,
+      size: vring.size,
+      isPacked: this.isPacked,
+    };
+    const { space } = place;
+    const found = findRingAreas(place);
+    if (found === null) {
       if (this.memory.regions.length > 0) this.#refuseRing(vring);
+      return null;
+    }
+    if (!("used" in found)) {
+      this.translations.wait(vring, found);
       return null;
     }
     return new Queue({
@@ -350,9 +355,8 @@ export class Session {
         this.ackedProtocolFeatures,
         ProtocolFeature.LOG_SHMFD,
       ),
-      descriptorTable,
-      availableRing,
-      usedRing,
+      areas: space === "iova" ? movingRingAreas(place, found) : () => found,
+      missed: (misses) => this.translations.wait(vring, misses),
       base: vring.base ?? this.firstBase,
       logAddress: () => {
         const now = vring.addresses;
@@ -405,6 +409,16 @@ export class Session {
     });
   }
 
+  /**
+   * A front-end that has stopped all queues need not tell any more what its
+   * IOMMU does: what we know may be wrong when they start again.
+   */
+  forgetTranslations(): void {
+    if (this.translations.isActive && this.isSuspended) {
+      this.translations.clear();
+    }
+  }
+
   #signalError(vring: Vring): void {
     if (vring.error !== null) vring.error.signal();
     else this.#inBand.error(vring);
@@ -439,6 +453,7 @@ export class Session {
     } catch (error) {
       queue.markStopped();
       vring.run = { kind: "failed" };
+      this.translations.stopped(vring);
       this.#signalError(vring);
       this.report(error as Vhost2Error);
       return;
@@ -481,6 +496,7 @@ export class Session {
    * complete first, or, where there is an inflight region, may be left there.
    */
   async stop(vring: Vring, leavesInFlight = false): Promise<void> {
+    this.translations.stopped(vring);
     if (vring.run.kind !== "started") return;
     const { queue } = vring.run;
     queue.leavesInFlight = leavesInFlight && queue.inflight !== null;
@@ -515,6 +531,26 @@ export class Session {
     if (queue === null || queue.inflight === null) return;
     await this.#start(vring, queue);
     await this.stop(vring);
+  }
+
+  /** For `Device.translateAsync`. */
+  async whenMapped(
+    address: bigint,
+    access: Access,
+    queue: Queue | undefined,
+  ): Promise<void> {
+    const vring = this.vrings.find((one) => one.queue === queue);
+    if (queue !== undefined && vring === undefined || this.signal.aborted) {
+      throw new Vhost2Error(
+        "CLOSED",
+        `Cannot await a translation of ${this.name}: it has stopped`,
+      );
+    }
+    await this.translations.whenMapped(
+      address,
+      access,
+      queue === undefined ? undefined : vring,
+    );
   }
 
   configChanged(): void {

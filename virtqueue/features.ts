@@ -5,8 +5,9 @@
  */
 
 /**
- * INDIRECT_DESC (28), EVENT_IDX (29) and PACKED (34) as a mask, for the
- * `features` of a device that uses `virtqueue/`.
+ * INDIRECT_DESC (28), EVENT_IDX (29), ACCESS_PLATFORM (33: addresses that an
+ * IOMMU translates) and PACKED (34) as a mask, for the `features` of a device
+ * that uses `virtqueue/`.
  *
  * Three more work where a device offers them, but are nothing to offer unasked
  * (virtio 1.3, section 6):
@@ -22,7 +23,7 @@
  *   would go on with a ring that the driver has taken back.
  */
 export const virtqueueFeatures: bigint = (1n << 28n) | (1n << 29n) |
-  (1n << 34n);
+  (1n << 33n) | (1n << 34n);
 
 /**
  * LOG_SHMFD (1) as a mask, for the `protocolFeatures` of a device that writes

@@ -5,13 +5,14 @@
  */
 
 import type { GuestMemory } from "../ffi/guest_memory.ts";
+import type { IotlbMiss } from "../ffi/iotlb.ts";
 
 export interface StartedQueue {
   readonly index: number;
   readonly size: number;
   readonly features: bigint;
   readonly addresses: {
-    readonly space: "gpa" | "uva";
+    readonly space: "gpa" | "uva" | "iova";
     readonly descriptor: bigint;
     readonly available: bigint;
     readonly used: bigint;
@@ -32,5 +33,7 @@ export interface StartedQueue {
   readonly pollMicroseconds?: number;
   availableIndex: number;
   call(): void;
+  /** Kicks when one of these has come. */
+  missed(misses: readonly IotlbMiss[]): void;
   fail(reason: string, cause?: unknown): void;
 }

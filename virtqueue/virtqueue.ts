@@ -10,6 +10,7 @@ import { blocking } from "../ffi/blocking.ts";
 import { core } from "../ffi/core.ts";
 import { check, Errno, errnoName, Vhost2Error } from "../ffi/errors.ts";
 import { Held, noteHeld, noteReleased } from "../ffi/held.ts";
+import { ringMisses } from "../ffi/iotlb.ts";
 import { type Batch, sharedBatch } from "./batch.ts";
 import {
   activate,
@@ -84,6 +85,8 @@ const bytesPerTurn = 8 << 20;
 
 /** Between two looks at a polled queue without work, in milliseconds. */
 const idlePollMs = 1;
+/** The same while a polled queue waits for a translation. */
+const missPollMs = 100;
 
 const brokenReasons: Record<number, (value: bigint) => string> = {
   [constants.brokenAvailableIndex]: (v) =>
@@ -105,6 +108,8 @@ const brokenReasons: Record<number, (value: bigint) => string> = {
   [constants.brokenSegments]: () => `a chain has too many pieces`,
   [constants.brokenMemory]: () => `guest memory went away`,
   [constants.brokenEmpty]: () => `a chain is empty`,
+  [constants.brokenInflight]: () =>
+    `its part of the inflight region is damaged`,
 };
 
 const hex = (value: bigint | number) => `0x${value.toString(16)}`;
@@ -122,6 +127,12 @@ const refusedFields: Record<number, (queue: StartedQueue) => string> = {
     `its base ${hex(availableIndex)}, headerBytes or trailerBytes`,
   [constants.refuseRingInflight]: ({ size }) =>
     `its size of ${size}, which has no part in the inflight region`,
+};
+
+const spaces = {
+  gpa: constants.spaceGpa,
+  uva: constants.spaceUva,
+  iova: constants.spaceIova,
 };
 
 const stateWords = new DataView(new ArrayBuffer(layouts.RingState.byteSize));
@@ -149,7 +160,7 @@ export function createRing(
   configWords.setBigUint64(field.features, queue.features, true);
   configWords.setUint32(
     field.space,
-    addresses.space === "uva" ? constants.spaceUva : constants.spaceGpa,
+    spaces[addresses.space],
     true,
   );
   configWords.setUint32(field.size, queue.size, true);
@@ -222,6 +233,11 @@ export class Virtqueue implements Turn {
   #isInTurn = false;
   /** Work waits in the ring until requests have completed. */
   #isHeld = false;
+  /**
+   * The ring, or its next request, waits for the IOTLB: nothing is done until
+   * a kick, which comes with the translation. Completions are kept.
+   */
+  #isMissing = false;
   #isFlushScheduled = false;
   #drained: (() => void) | undefined;
   #pollTimer: ReturnType<typeof setTimeout> | undefined;
@@ -278,6 +294,7 @@ export class Virtqueue implements Turn {
   /** The driver kicked: the ring is looked at in this turn. */
   kick(): void {
     if (!this.#isOpen || this.#isStopping || this.#isBroken) return;
+    this.#isMissing = false;
     if (this.#isHeld) return;
     if (isActive(this) || this.#isInTurn) return;
     core.ringDisarm(this.#ring);
@@ -287,7 +304,7 @@ export class Virtqueue implements Turn {
 
   /** For the poller: a bounded number of requests and bytes. */
   turn(): boolean {
-    if (this.#isInTurn) return false;
+    if (this.#isInTurn || this.#isMissing) return false;
     this.#isInTurn = true;
     this.#isHeld = false;
     // Never more than the queue holds: what it made available is done then.
@@ -298,7 +315,7 @@ export class Virtqueue implements Turn {
     try {
       while (
         requests < most && bytes < bytesPerTurn &&
-        !this.#isStopping && !this.#isBroken
+        !this.#isStopping && !this.#isBroken && !this.#isMissing
       ) {
         if (this.#options.isCongested?.()) {
           this.#isHeld = true;
@@ -325,23 +342,33 @@ export class Virtqueue implements Turn {
   /** For the poller: kicks are wanted again; false when there is work. */
   rest(): boolean {
     if (this.#isStopping || this.#isBroken) return true;
+    if (this.#isMissing) {
+      if (this.queue.isPolled) this.#lookLater(missPollMs);
+      return true;
+    }
     // Held: the next completion makes it active again, no kick is needed.
     if (this.#isHeld && this.#inFlight > 0) return true;
     if (this.#isHeld || this.queue.isPolled) {
       // Congested by others' requests, or no kick will come. Looking without
       // a pause would give a core away to whoever asks for it.
-      clearTimeout(this.#pollTimer);
-      this.#pollTimer = setTimeout(() => {
-        this.#pollTimer = undefined;
-        activate(this);
-      }, idlePollMs);
+      this.#lookLater(idlePollMs);
       return true;
     }
     const result = core.ringArm(this.#ring);
-    if (result < 0) this.#break(result);
+    if (result === -Errno.EAGAIN) this.#miss();
+    else if (result < 0) this.#break(result);
     if (result <= 0) return true;
     core.ringDisarm(this.#ring);
     return false;
+  }
+
+  #lookLater(delayMs: number): void {
+    clearTimeout(this.#pollTimer);
+    this.#pollTimer = setTimeout(() => {
+      this.#pollTimer = undefined;
+      this.#isMissing = false;
+      activate(this);
+    }, delayMs);
   }
 
   /**
@@ -361,7 +388,8 @@ export class Virtqueue implements Turn {
       this.queue.memory.refresh();
       return count;
     }
-    if (count < 0) this.#break(count);
+    if (count === -Errno.EAGAIN) this.#miss();
+    else if (count < 0) this.#break(count);
     return 0;
   }
 
@@ -385,6 +413,11 @@ export class Virtqueue implements Turn {
   complete(head: number, written: number): boolean {
     if (!this.#isOpen) return false;
     if (this.#staged === this.queue.size) this.flush();
+    if (this.#staged === this.queue.size) {
+      // All that the ring can hold is kept already: this cannot be in flight.
+      this.#fail("its device completed a request that was not in flight");
+      return false;
+    }
     const at = this.#staged++ * 2;
     this.#completions[at] = head;
     this.#completions[at + 1] = written;
@@ -406,6 +439,13 @@ export class Virtqueue implements Turn {
     if (count === 0 || !this.#isOpen) return;
     this.#staged = 0;
     const result = core.ringPush(this.#ring, this.#completions, count);
+    if (result === -Errno.EAGAIN) {
+      // Kept until the ring is mapped again; a stop does not wait for that.
+      this.#staged = count;
+      this.#miss();
+      if (this.#inFlight <= count) this.#drained?.();
+      return;
+    }
     this.#inFlight -= count;
     if (result > 0) this.queue.call();
     else if (result === -Errno.EINVAL) {
@@ -415,6 +455,11 @@ export class Virtqueue implements Turn {
     } else if (result < 0) this.#break(result);
     if (this.#inFlight <= 0) this.#drained?.();
     if (this.#isHeld && !this.#isInTurn && !this.#isStopping) activate(this);
+  }
+
+  #miss(): void {
+    this.#isMissing = true;
+    if (!this.#isStopping) this.queue.missed(ringMisses(this.#ring));
   }
 
   #fail(reason: string, cause?: unknown): void {
@@ -446,11 +491,11 @@ export class Virtqueue implements Turn {
     if (
       this.queue.leavesInFlight && suspend !== undefined && !this.#hasFailed
     ) {
-      if (this.#inFlight > 0) await this.#suspend(suspend);
+      if (this.#inFlight > this.#staged) await this.#suspend(suspend);
     } else {
       // What an earlier run had taken is in flight too.
       await this.#resubmitAll();
-      if (this.#inFlight > 0) await this.#drain();
+      if (this.#inFlight > this.#staged) await this.#drain();
     }
     this.#end.abort();
     this.flush();
@@ -464,7 +509,9 @@ export class Virtqueue implements Turn {
   }
 
   async #resubmitAll(): Promise<void> {
-    while (!this.#isBroken && this.#toResubmit > 0) {
+    // Those that wait for the IOTLB stay in the region: no stop waits for it.
+    this.#isMissing = false;
+    while (!this.#isBroken && !this.#isMissing && this.#toResubmit > 0) {
       if (this.#options.isCongested?.()) {
         await new Promise((resolve) => setTimeout(resolve, idlePollMs));
         continue;

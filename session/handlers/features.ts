@@ -19,6 +19,8 @@ const queueMask = featureMask(
   ProtocolFeature.INBAND_NOTIFICATIONS,
   ProtocolFeature.LOG_SHMFD,
 );
+const accessMask = featureMask(VirtioFeature.ACCESS_PLATFORM);
+const gpaMask = featureMask(ProtocolFeature.GPA_ADDRESSES);
 const packedMask = featureMask(VirtioFeature.RING_PACKED);
 const inBandNeeds = featureMask(
   ProtocolFeature.BACKEND_REQ,
@@ -76,6 +78,8 @@ export async function setFeatures(
   }
   session.ackedFeatures = features;
   session.memory.log.setLogging(hasFeature(features, VirtioFeature.LOG_ALL));
+  if ((changed & accessMask) !== 0n) session.translations.clear();
+  else session.forgetTranslations();
   if (!hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
     // Such a front-end has no SET_VRING_ENABLE.
     for (const vring of session.vrings) vring.isEnabled = true;
@@ -120,6 +124,8 @@ export async function setProtocolFeatures(
   const changed = features ^ session.ackedProtocolFeatures;
   if ((changed & queueMask) !== 0n) await session.stopQueues(() => true);
   session.ackedProtocolFeatures = features;
+  // What an update translates to has another meaning.
+  if ((changed & gpaMask) !== 0n) session.translations.clear();
 }
 
 export function getQueueNum(session: Session): bigint {

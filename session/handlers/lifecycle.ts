@@ -27,6 +27,7 @@ export async function resetDevice(session: Session): Promise<void> {
   session.memory.log.drop();
   // What is tracked there belongs to the driver before the reset.
   session.inflight.forget();
+  session.forgetTranslations();
   session.sharedMemory.forget();
   session.status = 0;
 }
@@ -40,6 +41,7 @@ export async function setStatus(
   if (status === 0n) {
     await session.stopQueues(() => true);
     for (const vring of session.vrings) vring.forgetSetup();
+    session.forgetTranslations();
     session.sharedMemory.forget();
   }
   session.status = Number(status);

@@ -35,6 +35,7 @@ async function change(
   }
   session.memory.commit();
   for (const vring of session.vrings) vring.forgetFailure();
+  session.translations.memoryChanged();
 }
 
 export async function setMemoryTable(

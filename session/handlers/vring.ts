@@ -9,7 +9,8 @@ import type {
 } from "../../protocol/payloads.ts";
 import type { Message } from "../../transports/transport.ts";
 import { Refusal } from "../refusal.ts";
-import { ringAreaSizes, type Session } from "../session.ts";
+import { ringAreaSizes } from "../ring_areas.ts";
+import type { Session } from "../session.ts";
 
 const maxQueueSize = 32768;
 
@@ -49,10 +50,13 @@ export async function setAddress(
         } bytes`,
       );
     }
-    // Before there is memory nothing can be said; the start checks again.
+    // Before there is memory nothing can be said, nor of IOVAs, which need not
+    // be mapped yet; the start checks again.
+    const space = session.ringSpace;
+    if (space === "iova") continue;
     if (session.memory.regions.length === 0 || vring.size === 0) continue;
     const size = ringAreaSizes(vring.size, session.isPacked)[name];
-    if (session.memory.whole(session.ringSpace, address[name], size) === null) {
+    if (session.memory.whole(space, address[name], size) === null) {
       throw new Refusal(
         `${name} area at 0x${
           address[name].toString(16)
@@ -141,6 +145,7 @@ async function stopAt(
   if (leavesInFlight) await session.stop(vring, true);
   else await session.drain(vring);
   vring.forgetSetup();
+  session.forgetTranslations();
   return { index, num: vring.base ?? session.firstBase };
 }
 

@@ -9,6 +9,7 @@
 import type { MessagePort } from "node:worker_threads";
 import type { ErrorMessage } from "../../ffi/errors.ts";
 import type { SharedMemoryHandle } from "../../ffi/guest_memory.ts";
+import type { IotlbMiss } from "../../ffi/iotlb.ts";
 import type { RingAddresses } from "../queue.ts";
 
 /** What a Worker begins with. */
@@ -120,6 +121,12 @@ export type FromWorker =
     readonly cause: ErrorMessage | undefined;
   }
   | { readonly kind: "call"; readonly run: number }
+  /** The queue waits for the IOTLB; a kick says that it has come. */
+  | {
+    readonly kind: "missed";
+    readonly run: number;
+    readonly misses: readonly IotlbMiss[];
+  }
   | { readonly kind: "configChanged"; readonly device: number }
   | {
     readonly kind: "report";

@@ -177,6 +177,7 @@ export class DeviceRelay {
     for (const { id, queue } of this.#runs.values()) {
       if (id !== message.run) continue;
       if (message.kind === "call") queue.call();
+      else if (message.kind === "missed") queue.missed(message.misses);
       else {
         const { reason, cause } = message;
         queue.fail(reason, cause && errorFromMessage(cause));

@@ -13,7 +13,7 @@ import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
 import { type Gpa, gpa } from "../../protocol/address.ts";
 import { Device, type DeviceSession } from "../device.ts";
 import { Queue } from "../queue.ts";
-import { ringAreaSizes } from "../session.ts";
+import { findRingAreas, type RingAreas } from "../ring_areas.ts";
 import type { TargetOps } from "../target_ops.ts";
 import {
   CallRoute,
@@ -81,6 +81,15 @@ export class ServedDevice implements DeviceSession {
     unmap: () => Promise.reject(elsewhere("unmap shared memory")),
   };
 
+  get translations(): { readonly isActive: boolean } {
+    const bit = VirtioFeature.ACCESS_PLATFORM;
+    return { isActive: hasFeature(this.features, bit) };
+  }
+
+  whenMapped(): Promise<void> {
+    return Promise.reject(elsewhere("await a translation"));
+  }
+
   configChanged(): void {
     this.#post({ kind: "configChanged", device: this.id });
   }
@@ -135,15 +144,20 @@ export class ServedQueue {
     const log = new BigInt64Array(message.state, RunState.logAddress, 1);
     const { memory } = device;
     const isPacked = hasFeature(features, VirtioFeature.RING_PACKED);
-    const sizes = ringAreaSizes(size, isPacked);
-    const area = (name: "descriptor" | "available" | "used") => {
-      const view = memory.whole(addresses.space, addresses[name], sizes[name]);
-      if (view !== null) return view;
+    const { space } = addresses;
+    const place = { memory, space, addresses, size, isPacked };
+    const find = (): RingAreas | null => {
+      const found = findRingAreas(place);
+      return found !== null && "used" in found ? found : null;
+    };
+    const first = find();
+    // IOVAs come and go: the core looks again before it touches them.
+    if (first === null && space !== "iova") {
       throw new Vhost2Error(
         "MEMORY",
         `Cannot start queue ${message.index} of ${device.name}: its ring is not mapped`,
       );
-    };
+    }
     this.run = run;
     this.device = device;
     this.#kickFd = message.kickFd;
@@ -153,9 +167,8 @@ export class ServedQueue {
       size,
       features,
       addresses,
-      descriptorTable: area("descriptor"),
-      availableRing: area("available"),
-      usedRing: area("used"),
+      areas: space === "iova" ? find : () => first,
+      missed: (misses) => post({ kind: "missed", run, misses }),
       base: message.base,
       // Here a ring runs only while it is enabled.
       isEnabled: () => true,
