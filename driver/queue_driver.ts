@@ -11,6 +11,7 @@
 import { core } from "../ffi/core.ts";
 import { check, Vhost2Error } from "../ffi/errors.ts";
 import { eventLoop, type Watch } from "../ffi/event_loop.ts";
+import type { Access } from "../ffi/iotlb.ts";
 import type { Gpa } from "../protocol/address.ts";
 import { hasFeature, VirtioFeature } from "../protocol/features.ts";
 import type { GuestRam } from "./guest_ram.ts";
@@ -22,6 +23,14 @@ export interface DriverAddresses {
   readonly available: Gpa;
   /** The device area. */
   readonly used: Gpa;
+}
+
+/** What stands between a device's addresses and the guest's: an IOMMU. */
+export interface AddressMap {
+  /** Lets the device reach guest memory, by the address that returns. */
+  map(address: bigint, length: number, access?: Access): bigint;
+  /** Fulfilled when the device cannot reach it any more. */
+  unmap(address: bigint, length: number): Promise<void>;
 }
 
 /** What a driver is made of. */
@@ -36,11 +45,13 @@ export interface QueueDriverOptions {
   readonly usesCalls?: boolean;
   /** Kicks the device, where that is no eventfd but a register. */
   readonly notify?: () => void;
+  /** Between the device and the memory; the device's addresses are its. */
+  readonly iommu?: AddressMap;
 }
 
 /** One buffer of a chain, somewhere in guest memory. */
 export interface GuestBuffer {
-  /** Guest address; any, for hostile chains. */
+  /** As the device sees it (with an IOMMU, its); any, for hostile chains. */
   readonly address: bigint;
   /** Bytes. */
   readonly length: number;
@@ -83,7 +94,10 @@ export interface UsedElement {
 
 /** An indirect table in guest memory. */
 export interface IndirectTable {
-  readonly address: Gpa;
+  /** Where it is in guest memory. */
+  readonly memory: Gpa;
+  /** As the device sees it. */
+  readonly address: bigint;
   /** Bytes. */
   readonly size: number;
 }
@@ -93,6 +107,10 @@ export interface RingLayout {
   readonly addresses: DriverAddresses;
   /** As after a reset. */
   clear(): void;
+}
+
+interface OwnBuffer extends GuestBuffer {
+  readonly memory: Gpa;
 }
 
 interface InFlight {
@@ -126,6 +144,9 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   readonly callFd: number;
   /** Every field of the ring, for hostile tests. */
   readonly ring: Ring;
+  /** Where the ring's parts are as the device sees them. */
+  readonly deviceAddresses: Readonly<Record<keyof DriverAddresses, bigint>>;
+  readonly iommu: AddressMap | undefined;
   /** Used elements of chains made by hand, the last of them. */
   readonly strays: UsedElement[] = [];
   /** Called for each element that appears as used. */
@@ -168,6 +189,16 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
     );
     this.isInOrder = hasFeature(options.features, VirtioFeature.IN_ORDER);
     this.usesCalls = options.usesCalls ?? true;
+    this.iommu = options.iommu;
+    const seen = (part: keyof DriverAddresses) => {
+      const address = ring.addresses[part];
+      return this.iommu?.map(address, ownedSizes[part]) ?? address;
+    };
+    this.deviceAddresses = {
+      descriptor: seen("descriptor"),
+      available: seen("available"),
+      used: seen("used"),
+    };
     this.#ownedSizes = options.addresses === undefined ? ownedSizes : null;
     this.#notify = options.notify;
     this.kickFd = options.notify === undefined
@@ -239,30 +270,42 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
    * when the device breaks the ring, with CLOSED when the driver is closed.
    */
   async submit(request: DriverRequest): Promise<DriverCompletion> {
-    const buffers: GuestBuffer[] = [];
+    const buffers: OwnBuffer[] = [];
+    const add = (memory: Gpa, length: number, isWritable: boolean) => {
+      const access = isWritable ? "write" : "read";
+      const address = this.iommu?.map(memory, length, access) ?? memory;
+      buffers.push({ memory, address, length, isWritable });
+    };
     try {
       for (const bytes of request.readable ?? []) {
         const address = this.ram.allocate(bytes.length);
         this.ram.write(address, bytes);
-        buffers.push({ address, length: bytes.length, isWritable: false });
+        add(address, bytes.length, false);
       }
       for (const length of request.writable ?? []) {
         const address = this.ram.allocate(length);
         if (request.initial) {
           this.ram.bytes(address, length).fill(request.initial);
         }
-        buffers.push({ address, length, isWritable: true });
+        add(address, length, true);
       }
       const written = await this.submitChain(buffers, request);
       const data = buffers.filter((buffer) => buffer.isWritable)
-        .map(({ address, length }) => this.ram.read(address, length));
+        .map(({ memory, length }) => this.ram.read(memory, length));
+      const { iommu } = this;
+      if (iommu !== undefined) {
+        // What is free again the device must not reach any more.
+        await Promise.all(
+          buffers.map(({ address, length }) => iommu.unmap(address, length)),
+        );
+      }
       return { written, data };
     } finally {
       // After a failure the device may still write there: then the memory is
       // left out of use until it goes as a whole.
       if (this.#isOpen && this.#failure === undefined) {
-        for (const { address, length } of buffers) {
-          this.ram.free(address, length);
+        for (const { memory, length } of buffers) {
+          this.ram.free(memory, length);
         }
       }
     }
@@ -336,7 +379,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
    */
   reset(): void {
     for (const { indirect } of this.#inFlight.values()) {
-      if (indirect !== null) this.ram.free(indirect.address, indirect.size);
+      if (indirect !== null) this.#freeTable(indirect);
     }
     this.#rejectAll(
       new Vhost2Error(
@@ -411,9 +454,7 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
     } else {
       this.#inFlight.delete(element.id);
       this.release(element.id);
-      if (request.indirect !== null) {
-        this.ram.free(request.indirect.address, request.indirect.size);
-      }
+      if (request.indirect !== null) this.#freeTable(request.indirect);
       request.resolve(Math.min(element.length, request.writableBytes));
     }
     this.onUsed?.(element);
@@ -440,11 +481,19 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
 
   #makeTable(buffers: readonly GuestBuffer[]): IndirectTable {
     const size = 16 * buffers.length;
-    const address = this.ram.allocate(size);
-    const bytes = this.ram.bytes(address, size);
+    const memory = this.ram.allocate(size);
+    const bytes = this.ram.bytes(memory, size);
     const view = new DataView(bytes.buffer, bytes.byteOffset, size);
     this.writeTable(view, buffers);
-    return { address, size };
+    const address = this.iommu?.map(memory, size, "read") ?? memory;
+    return { memory, address, size };
+  }
+
+  #freeTable({ memory, address, size }: IndirectTable): void {
+    const free = () => this.ram.free(memory, size);
+    if (this.iommu === undefined) return free();
+    // A back-end that has gone, or refuses, keeps it: it goes with the memory.
+    this.iommu.unmap(address, size).then(free, () => {});
   }
 
   #called(): void {

@@ -30,6 +30,7 @@ import type {
   QueueDriverOptions,
 } from "../driver/queue_driver.ts";
 import { SplitDriver } from "../driver/split_driver.ts";
+import { Iommu, type IommuOptions } from "./iommu.ts";
 
 /** Bits of the device status (VIRTIO 1.3 section 2.1). */
 export const DeviceStatus = {
@@ -76,7 +77,8 @@ export interface VhostUserDeviceOptions {
   /**
    * Features wanted, those of the device type included; of them, those that
    * are offered are acked. {@linkcode supportedFeatures} unless given.
-   * RING_PACKED is a matter of `packed`, whatever is said here.
+   * RING_PACKED is a matter of `packed`, ACCESS_PLATFORM of `iommu`, whatever is
+   * said here.
    */
   readonly features?: bigint;
   /** The same for {@linkcode supportedProtocolFeatures}. */
@@ -93,6 +95,11 @@ export interface VhostUserDeviceOptions {
   readonly ram?: GuestRam;
   /** Asks for acks wherever it can, not only where QEMU does. */
   readonly acksAll?: boolean;
+  /**
+   * An IOMMU between the device and the memory: ACCESS_PLATFORM, which the
+   * device must offer. `true` makes one.
+   */
+  readonly iommu?: boolean | IommuOptions;
   /** Starts and enables all queues; true unless given. */
   readonly start?: boolean;
   /** Whether the drivers watch their calls; true unless given. */
@@ -151,6 +158,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly #queues: Driver[] = [];
   /** By queue index. */
   readonly queues: readonly Driver[] = this.#queues;
+  /** Where it was opened with one. */
+  readonly iommu: Iommu | undefined;
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
   readonly #makeDriver: (queueSize: number) => Driver;
@@ -189,11 +198,17 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.#ownsRam = options.ram === undefined;
     this.ram = options.ram ??
       new GuestRam(options.regions ?? [{ size: options.ramSize ?? 64 << 20 }]);
+    if (options.iommu) {
+      const { iommu } = options;
+      this.iommu = new Iommu(this.ram, iommu === true ? {} : iommu);
+      this.#connectIommu(connection);
+    }
     this.#makeDriver = (queueSize) =>
       makeDriver(this.ram, {
         queueSize,
         features: this.features,
         usesCalls: options.usesCalls,
+        iommu: this.iommu,
       });
     try {
       for (let index = 0; index < queueCount; index++) {
@@ -371,6 +386,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
         "Cannot reconnect: this back-end offers other features",
       );
     }
+    this.#connectIommu(this.connection);
     await this.#prepare();
     await this.activate();
     const started = [...this.#started];
@@ -388,10 +404,11 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /** The ring's parts as SET_VRING_ADDR carries them. */
   vringAddress(index: number): VringAddress {
-    const { descriptor, available, used } = this.queues[index].ring.addresses;
-    const isGpa = hasFeature(this.protocolFeatures, Protocol.GPA_ADDRESSES);
+    const { descriptor, available, used } = this.queues[index].deviceAddresses;
+    const isDirect = this.iommu !== undefined ||
+      hasFeature(this.protocolFeatures, Protocol.GPA_ADDRESSES);
     const address = (value: bigint) =>
-      ringAddress(isGpa ? value : this.ram.toUva(value));
+      ringAddress(isDirect ? value : this.ram.toUva(value));
     return {
       index,
       flags: this.#logsRings ? VRING_FLAG_LOG : 0,
@@ -399,7 +416,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       used: address(used),
       available: address(available),
       // As QEMU does: there even when nothing is logged.
-      log: gpa(used),
+      log: gpa(this.queues[index].ring.addresses.used),
     };
   }
 
@@ -600,7 +617,16 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     }
   }
 
-  #backendRequest(message: BackendMessage): bigint {
+  #connectIommu(connection: FrontendConnection): void {
+    const isGpa = hasFeature(this.protocolFeatures, Protocol.GPA_ADDRESSES);
+    this.iommu?.connect(connection, { isGpa });
+  }
+
+  #backendRequest(message: BackendMessage): bigint | Promise<bigint> {
+    if (
+      message.id === BackendRequest.BACKEND_IOTLB_MSG &&
+      this.iommu !== undefined
+    ) return this.iommu.answer(message.payload);
     if (message.id !== BackendRequest.BACKEND_CONFIG_CHANGE_MSG) return 1n;
     this.onConfigChange?.();
     return 0n;
@@ -637,11 +663,18 @@ async function negotiate(
       "Cannot use packed rings: the device does not offer RING_PACKED",
     );
   }
-  // The log toggles it.
-  const never = packed | featureMask(VirtioFeature.LOG_ALL);
+  const platform = featureMask(VirtioFeature.ACCESS_PLATFORM);
+  if (options.iommu && (offered & platform) === 0n) {
+    throw new Vhost2Error(
+      "OPTION",
+      "Cannot use an IOMMU: the device does not offer ACCESS_PLATFORM",
+    );
+  }
+  // The log toggles LOG_ALL.
+  const never = packed | platform | featureMask(VirtioFeature.LOG_ALL);
   const features = offered &
     ((options.features ?? supportedFeatures) & ~never |
-      (options.packed ? packed : 0n));
+      (options.packed ? packed : 0n) | (options.iommu ? platform : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
     const inflight = options.recovers ? inflightFeatures : 0n;
@@ -657,6 +690,12 @@ async function negotiate(
     const ack = options.acksAll === true &&
       hasFeature(protocolFeatures, Protocol.REPLY_ACK);
     await connection.setProtocolFeatures(protocolFeatures, { ack });
+  }
+  if (options.iommu && !hasFeature(protocolFeatures, Protocol.BACKEND_REQ)) {
+    throw new Vhost2Error(
+      "OPTION",
+      "Cannot use an IOMMU: without BACKEND_REQ the device cannot ask for translations",
+    );
   }
   const maxQueueCount = hasFeature(protocolFeatures, Protocol.MQ)
     ? await connection.getQueueNum()

@@ -3,7 +3,8 @@
  * well-formed or not, and replies to whoever waits for them.
  *
  * Replies come in the order of the requests, so each answer belongs to the
- * oldest call that waits. A reply is taken only with the flags that QEMU takes
+ * oldest call that waits; those to IOTLB messages pass the others, because a
+ * back-end must answer them while something else waits for their effect. A reply is taken only with the flags that QEMU takes
  * (version 1 and REPLY, nothing else).
  *
  * @module
@@ -12,6 +13,7 @@
 import { core } from "../ffi/core.ts";
 import { check, Errno, Vhost2Error } from "../ffi/errors.ts";
 import { eventLoop } from "../ffi/event_loop.ts";
+import { FrontendRequest } from "../protocol/frontend_request.ts";
 import { plainWire } from "../protocol/layout.ts";
 import {
   classifyReplyHeader,
@@ -225,10 +227,18 @@ export class MessageSocket {
     return error;
   }
 
+  #takeWaiter(request: number): Waiter | undefined {
+    const isIotlb = (one: number | null) => one === FrontendRequest.IOTLB_MSG;
+    const index = this.#waiters.findIndex((waiter) =>
+      isIotlb(waiter.request) === isIotlb(request)
+    );
+    return this.#waiters.splice(Math.max(0, index), 1)[0];
+  }
+
   #deliver(message: Message): void {
     // Read before, delivered after the close: nobody will take it.
     if (this.#isClosed) return message.descriptors.close();
-    const waiter = this.#waiters.shift();
+    const waiter = this.#takeWaiter(message.request);
     if (waiter === undefined) {
       if (this.#inbox.length < maxInbox) {
         this.#inbox.push(message);

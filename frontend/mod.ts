@@ -17,7 +17,9 @@ export * from "./device.ts";
 // Its parts: memory, the driver's side of a ring, messages.
 export * from "../driver/guest_ram.ts";
 export * from "./dirty_log.ts";
+export * from "./iommu.ts";
 export {
+  type AddressMap,
   type ChainOptions,
   type DriverAddresses,
   type DriverCompletion,
@@ -65,4 +67,10 @@ export {
   type FrontendRequestId,
 } from "../protocol/frontend_request.ts";
 export { BackendRequest } from "../protocol/backend_request.ts";
+export {
+  type IotlbMessage,
+  IotlbPermission,
+  IotlbType,
+} from "../protocol/payloads.ts";
+export type { Access } from "../ffi/iotlb.ts";
 export { type ErrorCode, Vhost2Error } from "../ffi/errors.ts";

@@ -37,8 +37,9 @@ export const Type = {
 } as const;
 
 /** PROTOCOL_FEATURES (30). */
-/** Its rings are split. */
+/** Its rings are split, and it has no IOMMU. */
 const packedBit = 1n << 34n;
+const accessPlatformBit = 1n << 33n;
 const protocolFeaturesBit = 1n << 30n;
 /** MQ, REPLY_ACK, BACKEND_REQ, CONFIG. */
 const protocolFeatures = (1n << 0n) | (1n << 3n) | (1n << 5n) | (1n << 9n);
@@ -136,7 +137,7 @@ export class DiskGuest {
     const connection = await FrontendConnection.connect(path);
     const offered = await connection.getFeatures();
     const features = offered & (knows | protocolFeaturesBit | (1n << 32n)) &
-      ~packedBit;
+      ~packedBit & ~accessPlatformBit;
     await connection.setProtocolFeatures(
       protocolFeatures & await connection.getProtocolFeatures(),
     );

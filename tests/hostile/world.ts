@@ -32,7 +32,7 @@ import { assertGuestMemory, guestMemoryBytes } from "./accounting.ts";
 
 export const diskSize = 1 << 20;
 /** All that is offered but RING_PACKED: the rings here are split. */
-const features = ~(1n << 34n);
+const features = ~((1n << 33n) | (1n << 34n));
 const protocolFeatures = featureMask(
   ProtocolFeature.MQ,
   ProtocolFeature.REPLY_ACK,
