@@ -31,6 +31,8 @@ export interface GuestDisk {
   reconnectSeconds?: number;
   /** Offers the guest packed rings. */
   packed?: boolean;
+  /** Its addresses go through the machine's IOMMU (`GuestOptions.iommu`). */
+  iommuPlatform?: boolean;
   /** The place in the firmware's boot order. */
   bootIndex?: number;
 }
@@ -60,6 +62,11 @@ export interface GuestOptions {
   script?: string;
   /** Waits to take over a running guest with the same options: migration.ts. */
   incoming?: boolean;
+  /**
+   * An Intel IOMMU, which the guest's kernel programs: strictly, each buffer
+   * mapped for one request, or with everything mapped for good.
+   */
+  iommu?: "strict" | "passthrough";
   memoryMb?: number;
   /** Up to where memory can be added while the guest runs (`addMemory`). */
   maxMemoryMb?: number;
@@ -123,13 +130,19 @@ export async function startGuest(options: GuestOptions): Promise<Guest> {
 }
 
 async function start(folder: string, options: GuestOptions): Promise<Guest> {
-  const { disks = [], nics = [], script, memoryMb = 256, cpus = 1 } = options;
+  const { disks = [], nics = [], script, memoryMb = 256, cpus = 1, iommu } =
+    options;
   const qmpPath = join(folder, "qmp");
   const args = [
     "-nodefaults",
     "-no-user-config",
     ...["-display", "none", "-vga", "none"],
-    ...["-machine", "pc,accel=tcg,memory-backend=mem,hpet=off"],
+    ...[
+      "-machine",
+      `${iommu ? "q35" : "pc"},accel=tcg,memory-backend=mem,hpet=off`,
+    ],
+    // Before the devices behind it.
+    ...(iommu ? ["-device", "intel-iommu,intremap=off"] : []),
     // The disk verifier uses the crc32 instruction; rdrand saves the kernel
     // the second in which it collects randomness otherwise.
     ...["-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"],
@@ -146,7 +159,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     const initramfs = join(folder, "initramfs");
     writeFileSync(initramfs, buildInitramfs(cache, script, nics.length > 0));
     args.push("-kernel", cache.kernel, "-initrd", initramfs);
-    args.push("-append", COMMAND_LINE);
+    args.push("-append", [COMMAND_LINE, ...iommuArguments(iommu)].join(" "));
   }
   if (options.incoming) args.push("-incoming", "defer");
   for (const disk of disks) {
@@ -460,6 +473,9 @@ function deviceProperties(disk: GuestDisk): Record<string, unknown> {
     chardev: `${disk.id}-socket`,
     "num-queues": disk.numQueues ?? 1,
     ...(disk.packed ? { packed: true } : {}),
+    ...(disk.iommuPlatform
+      ? { iommu_platform: true, "disable-legacy": "on" }
+      : {}),
     ...(disk.bootIndex === undefined ? {} : { bootindex: disk.bootIndex }),
   };
 }
@@ -485,6 +501,14 @@ function nicArguments(nic: GuestNic): string[] {
     "-netdev",
     `vhost-user,id=${id}-net,chardev=${id}-socket,queues=${queues}`,
     ...["-device", JSON.stringify(device)],
+  ];
+}
+
+function iommuArguments(iommu: GuestOptions["iommu"]): string[] {
+  if (iommu === undefined) return [];
+  return [
+    "intel_iommu=on",
+    ...(iommu === "strict" ? ["iommu.strict=1"] : ["iommu=pt"]),
   ];
 }
 

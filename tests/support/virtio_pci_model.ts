@@ -327,6 +327,7 @@ export class VirtioPciModel extends ModelPciDevice {
         leftInFlight: 0,
         availableIndex: isPacked ? 0x8000_8000 : 0,
         call: () => this.#signal(queue.vector, 1),
+        missed() {},
         fail: () => this.fail(),
       }, {
         stopTimeoutMs: 0,
