@@ -13,7 +13,8 @@ import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { median } from "./measure.ts";
-import { hasTestpmd, Testpmd } from "./testpmd.ts";
+import { testpmdMissing, testpmdProgram } from "../tests/support/testpmd.ts";
+import { Testpmd } from "./testpmd.ts";
 
 /** As the back-end sees it; `loop`: it sends each frame back. */
 export type Direction = "loop" | "receive" | "send";
@@ -176,10 +177,8 @@ export async function* netRates(
 ): AsyncGenerator<NetRates> {
   const chosen = rows.map((row) => ({ ...row, name: `net ${row.name}` }))
     .filter((row) => row.name.includes(filter));
-  if (chosen.length > 0 && !hasTestpmd()) {
-    console.error(
-      "Cannot measure the network: dpdk-testpmd is missing; run: apt-get install dpdk",
-    );
+  if (chosen.length > 0 && testpmdProgram === null) {
+    console.error(`Cannot measure the network: ${testpmdMissing}`);
     return;
   }
   for (const row of chosen) yield await measure(row, rounds);

@@ -4,12 +4,8 @@
  * @module
  */
 
-import { type ChildProcess, spawn, spawnSync } from "node:child_process";
-
-/** Whether it is installed (Debian: dpdk). */
-export function hasTestpmd(): boolean {
-  return spawnSync("dpdk-testpmd", ["--version"]).error === undefined;
-}
+import { type ChildProcess, spawn } from "node:child_process";
+import { testpmdProgram } from "../tests/support/testpmd.ts";
 
 /** Packets that the one port has received and sent. */
 export interface PortCounts {
@@ -39,6 +35,8 @@ export class Testpmd {
   }
 
   /**
+   * The program has to be there (`testpmdProgram` is not null).
+   *
    * Both of its threads on processor `cpu`; it needs neither huge pages nor a
    * network card.
    *
@@ -47,7 +45,7 @@ export class Testpmd {
   static async start(cpu: number, device: string): Promise<Testpmd> {
     // Unbuffered: what it prints is waited for.
     const child = spawn("stdbuf", [
-      ...["--output=0", "dpdk-testpmd", "--lcores", `0@${cpu},1@${cpu}`],
+      ...["--output=0", testpmdProgram!, "--lcores", `0@${cpu},1@${cpu}`],
       ...["--no-huge", "--no-pci"],
       ...["-m", "512", "--single-file-segments", "--no-telemetry"],
       ...["--file-prefix", `vhost2-${Math.random().toString(36).slice(2)}`],

@@ -6,19 +6,20 @@
 // Each part is quick when there is nothing to do.
 import { createHash } from "node:crypto";
 import { existsSync, realpathSync } from "node:fs";
-import {
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  rename,
-  rm,
-  writeFile,
-} from "node:fs/promises";
-import { delimiter, dirname, join } from "node:path";
+import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import {
+  candidateOf,
+  IN_A_CONTAINER,
+  mustHaveApt,
+  onPath,
+  unpackInto,
+  updateLists,
+} from "./debian.mjs";
 import { capture, SetupError, step } from "./step.mjs";
+import { fetchTestpmd } from "./testpmd.mjs";
 
 export const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 export const BIN = join(ROOT, "node_modules", ".bin");
@@ -26,10 +27,6 @@ export const BIN = join(ROOT, "node_modules", ".bin");
 export const DENO = join(ROOT, "node_modules", "deno", "deno");
 const CACHE = join(ROOT, ".cache");
 const GUEST = join(CACHE, "guest");
-
-/** Works where this project works at all: see `mustBeLinux`. */
-const IN_A_CONTAINER =
-  'docker run --rm -it -v "$PWD":/vhost2 -w /vhost2 node:20-bookworm npm test';
 
 /** npm packages of package.json, installed again when it or its lock changes. */
 export async function installPackages() {
@@ -92,8 +89,8 @@ export async function prepareGuest() {
     );
   }
   await installQemu();
-  await installPeer();
   if (!existsSync(join(GUEST, "manifest.json"))) await fetchGuest();
+  await fetchTestpmd(CACHE);
   await buildGuestTools();
 }
 
@@ -138,25 +135,6 @@ async function installQemu() {
 }
 
 /**
- * DPDK's vhost, which some tests talk to: 33 MB of packages, 172 MB installed.
- * Without it those tests are skipped by name, so nothing here is an error.
- */
-async function installPeer() {
-  const install = "apt-get install -y --no-install-recommends dpdk-dev";
-  if (onPath("dpdk-testpmd") || !onPath("apt-get")) return;
-  if (process.getuid?.() !== 0) return;
-  if (await candidateOf("dpdk-dev") === undefined) return;
-  try {
-    await step("Installing Debian's dpdk-dev", "about 1 min", [
-      ...install.split(" "),
-    ], { env: { DEBIAN_FRONTEND: "noninteractive" } });
-  } catch (error) {
-    if (!(error instanceof SetupError)) throw error;
-    console.error(`${error.message}; the tests against DPDK are skipped`);
-  }
-}
-
-/**
  * The cloud flavour: a third of the size of the generic kernel, with ext4 and
  * PCI hot-plug built in and the virtio drivers as modules.
  */
@@ -176,54 +154,21 @@ async function fetchGuest() {
         `on Debian: ${IN_A_CONTAINER}`,
     );
   }
-  await mkdir(CACHE, { recursive: true });
-  // Filled beside and renamed when whole, so that a killed or a concurrent
-  // set-up never leaves half a guest.
-  const unpacked = await mkdtemp(join(CACHE, "guest-"));
-  try {
-    const fetchAll = () =>
-      step("Fetching the guest's kernel and busybox", "28 MB", [
-        "apt-get",
-        "download",
-        // apt's own unprivileged user may not reach this directory.
-        ...(process.getuid?.() === 0 ? ["-oAPT::Sandbox::User=root"] : []),
-        kernel,
-        "busybox-static",
-      ], {
-        cwd: unpacked,
-        remedy: `run by hand: sudo apt-get update`,
-      });
-    try {
-      await fetchAll();
-    } catch (error) {
-      if (process.getuid?.() !== 0) throw error;
-      await updateLists();
+  await unpackInto(
+    GUEST,
+    "the guest's kernel and busybox",
+    "28 MB",
+    async () => {
       kernel = await kernelPackage() ?? kernel;
-      await fetchAll();
-    }
-    const root = join(unpacked, "root");
-    for (const name of await readdir(unpacked)) {
-      if (!name.endsWith(".deb")) continue;
-      const file = join(unpacked, name);
-      await step(`Unpacking ${name}`, "about 5 s", [
-        "dpkg-deb",
-        "-x",
-        file,
-        root,
-      ]);
-      await rm(file);
-    }
-    // tests/qemu/guest.ts reads this.
-    await writeFile(
-      join(unpacked, "manifest.json"),
-      JSON.stringify({ kernel: kernel.replace(/^linux-image-/, "") }) + "\n",
-    );
-    await rename(unpacked, GUEST).catch((error) => {
-      if (!existsSync(join(GUEST, "manifest.json"))) throw error;
-    });
-  } finally {
-    await rm(unpacked, { recursive: true, force: true });
-  }
+      return [kernel, "busybox-static"];
+    },
+    (unpacked) =>
+      // tests/qemu/guest.ts reads this.
+      writeFile(
+        join(unpacked, "manifest.json"),
+        JSON.stringify({ kernel: kernel.replace(/^linux-image-/, "") }) + "\n",
+      ),
+  );
 }
 
 /** Static programs for the guest, named by the hash of their source. */
@@ -253,27 +198,11 @@ async function buildGuestTools() {
   await rename(building, program);
 }
 
-async function updateLists() {
-  await step("Updating Debian's package lists", "about 15 s", [
-    "apt-get",
-    "update",
-  ], { remedy: "run by hand: sudo apt-get update" });
-}
-
 /** The newest kernel image that the metapackage depends on. */
 async function kernelPackage() {
   if (await candidateOf(KERNEL_METAPACKAGE) === undefined) return undefined;
   const text = await capture(["apt-cache", "depends", KERNEL_METAPACKAGE]);
   return /Depends: (linux-image-\d\S+)/.exec(text)?.[1];
-}
-
-/** @param {string} name */
-async function candidateOf(name) {
-  const text = await capture(["apt-cache", "policy", name], {
-    env: { LC_ALL: "C" },
-  });
-  const version = /Candidate: (\S+)/.exec(text)?.[1];
-  return version === "(none)" ? undefined : version;
 }
 
 function mustBeLinux() {
@@ -282,21 +211,6 @@ function mustBeLinux() {
     `Cannot work on ${process.platform}: vhost-user needs Linux; ` +
       `with Docker run: ${IN_A_CONTAINER}`,
   );
-}
-
-/** @param {string[]} names what would be fetched */
-function mustHaveApt(names) {
-  if (onPath("apt-get") && onPath("apt-cache") && onPath("dpkg-deb")) return;
-  throw new SetupError(
-    `Cannot get ${names.join(" and ")}: this is not Debian (no apt-get); ` +
-      `with Docker run: ${IN_A_CONTAINER}`,
-  );
-}
-
-/** @param {string} program */
-function onPath(program) {
-  return (process.env.PATH ?? "").split(delimiter)
-    .some((folder) => folder !== "" && existsSync(join(folder, program)));
 }
 
 /** @param {string[]} names files of the project; one that is missing counts as empty */

@@ -13,6 +13,7 @@ import {
 } from "../../frontend/mod.ts";
 import { pattern } from "../devices/disk_guest.ts";
 import { Random } from "../hostile/random.ts";
+import { testpmdMissing, testpmdProgram } from "../support/testpmd.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
 import type { Guest } from "../virtqueue/served.ts";
@@ -72,12 +73,11 @@ test("a disk of QEMU's storage daemon holds what frontend/ writes, direct and in
 const mergeable = 1n << 15n;
 /** struct virtio_net_hdr with num_buffers. */
 const headerBytes = 12;
-const program = "dpdk-testpmd";
 
 /** Frames through DPDK's vhost and back: its one port forwards to itself. */
 async function exchange(packed: boolean, features: bigint): Promise<void> {
   await using peer = await startPeer((socketPath) => [
-    program,
+    testpmdProgram!,
     ...["--no-huge", "--no-pci", "--no-telemetry", "-m", "256"],
     ...["--lcores", "0@0,1@0", `--file-prefix=vhost2-${process.pid}`],
     ...["--vdev", `net_vhost0,iface=${socketPath},queues=1`],
@@ -144,7 +144,7 @@ for (const packed of [false, true]) {
     const name = `DPDK's vhost returns the frames that frontend/ sends, ${
       packed ? "packed" : "split"
     } ${order}`;
-    if (isInstalled(program)) test(name, () => exchange(packed, features));
-    else test.skip(name, `no ${program}; run: apt-get install dpdk-dev`);
+    if (testpmdProgram !== null) test(name, () => exchange(packed, features));
+    else test.skip(name, testpmdMissing);
   }
 }

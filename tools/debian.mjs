@@ -1,0 +1,92 @@
+// Debian's packages: asked for, and downloaded and unpacked into a folder of
+// ours, where nothing has to be installed.
+import { existsSync } from "node:fs";
+import { mkdir, mkdtemp, readdir, rename, rm } from "node:fs/promises";
+import { delimiter, dirname, join } from "node:path";
+import process from "node:process";
+import { capture, SetupError, step } from "./step.mjs";
+
+/** Works where this project works at all: see `mustBeLinux`. */
+export const IN_A_CONTAINER =
+  'docker run --rm -it -v "$PWD":/vhost2 -w /vhost2 node:20-bookworm npm test';
+
+/** @param {string} program */
+export function onPath(program) {
+  return (process.env.PATH ?? "").split(delimiter)
+    .some((folder) => folder !== "" && existsSync(join(folder, program)));
+}
+
+/** @param {string[]} names what would be fetched */
+export function mustHaveApt(names) {
+  if (onPath("apt-get") && onPath("apt-cache") && onPath("dpkg-deb")) return;
+  throw new SetupError(
+    `Cannot get ${names.join(" and ")}: this is not Debian (no apt-get); ` +
+      `with Docker run: ${IN_A_CONTAINER}`,
+  );
+}
+
+/** @param {string} name */
+export async function candidateOf(name) {
+  const text = await capture(["apt-cache", "policy", name], {
+    env: { LC_ALL: "C" },
+  });
+  const version = /Candidate: (\S+)/.exec(text)?.[1];
+  return version === "(none)" ? undefined : version;
+}
+
+export async function updateLists() {
+  await step("Updating Debian's package lists", "about 15 s", [
+    "apt-get",
+    "update",
+  ], { remedy: "run by hand: sudo apt-get update" });
+}
+
+/**
+ * Downloads packages and unpacks them into `folder`/root. The folder is filled
+ * beside and renamed when whole, so that a killed or a concurrent set-up never
+ * leaves half of it.
+ *
+ * @param {string} folder
+ * @param {string} what for people
+ * @param {string} size likewise
+ * @param {() => Promise<string[]>} packages asked again with new lists when
+ *   they are not to be had
+ * @param {(unpacked: string) => Promise<void>} finish what else belongs there
+ */
+export async function unpackInto(folder, what, size, packages, finish) {
+  await mkdir(dirname(folder), { recursive: true });
+  const unpacked = await mkdtemp(`${folder}-`);
+  const isRoot = process.getuid?.() === 0;
+  const fetchAll = async () =>
+    step(`Fetching ${what}`, size, [
+      "apt-get",
+      "download",
+      // apt's own unprivileged user may not reach this directory.
+      ...(isRoot ? ["-oAPT::Sandbox::User=root"] : []),
+      ...await packages(),
+    ], { cwd: unpacked, remedy: "run by hand: sudo apt-get update" });
+  try {
+    try {
+      await fetchAll();
+    } catch (error) {
+      // Lists older than the archive name files that are gone from it.
+      if (!isRoot) throw error;
+      await updateLists();
+      await fetchAll();
+    }
+    const archives = (await readdir(unpacked))
+      .filter((name) => name.endsWith(".deb"));
+    await step(`Unpacking ${what}`, "about 5 s", [
+      "sh",
+      "-ec",
+      'for file in *.deb; do dpkg-deb -x "$file" root; done',
+    ], { cwd: unpacked });
+    for (const name of archives) await rm(join(unpacked, name));
+    await finish(unpacked);
+    await rename(unpacked, folder).catch((error) => {
+      if (!existsSync(join(folder, "root"))) throw error;
+    });
+  } finally {
+    await rm(unpacked, { recursive: true, force: true });
+  }
+}
