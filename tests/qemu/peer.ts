@@ -2,14 +2,7 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync, watch } from "node:fs";
 import { tmpdir } from "node:os";
-import { delimiter, join } from "node:path";
-import process from "node:process";
-
-/** Whether a program of that name is installed. */
-export function isInstalled(program: string): boolean {
-  return (process.env.PATH ?? "").split(delimiter)
-    .some((folder) => folder !== "" && existsSync(join(folder, program)));
-}
+import { join } from "node:path";
 
 /** A back-end that listens, or is about to. */
 export interface PeerBackend {

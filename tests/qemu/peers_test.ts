@@ -17,7 +17,7 @@ import { testpmdMissing, testpmdProgram } from "../support/testpmd.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
 import type { Guest } from "../virtqueue/served.ts";
-import { isInstalled, opened, startPeer } from "./peer.ts";
+import { opened, startPeer } from "./peer.ts";
 
 const diskSize = 8 << 20;
 

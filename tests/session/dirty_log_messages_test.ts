@@ -134,7 +134,7 @@ test("the log and its descriptors go with the connection, a new log with the old
         const descriptors = descriptorCount();
         for (let i = 0; i < 10; i++) await guest.connection.setLogBase(log);
         assert.equal(guestMappingCount(), mappings);
-        assert.equal(descriptorCount(), descriptors);
+        assert.ok(descriptorCount() <= descriptors);
       });
     },
   );
@@ -154,7 +154,7 @@ test("SET_LOG_FD: the eventfd is signalled when pages are marked, an old one is 
       assert.equal(core.eventfdTake(events[0]), 1);
       const before = descriptorCount();
       await connection.setLogFd(events[1], { ack: true });
-      assert.equal(descriptorCount(), before);
+      assert.ok(descriptorCount() <= before);
       await ask(guest, pages + 0x1000n);
       assert.equal(core.eventfdTake(events[0]), 0);
       assert.equal(core.eventfdTake(events[1]), 1);
@@ -166,7 +166,7 @@ test("SET_LOG_FD: the eventfd is signalled when pages are marked, an old one is 
         RefusedError,
       );
       assert.match((await errors.next()).message, /not an eventfd/);
-      assert.equal(descriptorCount(), before);
+      assert.ok(descriptorCount() <= before);
     } finally {
       for (const fd of events) core.descriptorClose(fd);
     }

@@ -1,6 +1,5 @@
 /** This process's open descriptors, for tests that nothing leaks. */
 
-import assert from "node:assert/strict";
 import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { eventLoop } from "../../ffi/event_loop.ts";
 import { eventually } from "./wait.ts";
@@ -28,6 +27,12 @@ export function guestMappingCount(): number {
   return readFileSync("/proc/self/maps", "utf8")
     .split("\n").filter((line) => line.includes("memfd:vhost2")).length;
 }
+
+/**
+ * What a runtime has in each Worker: Deno closes them at any time after the
+ * Worker has ended, in the midst of later tests too.
+ */
+const closedLate = ["anon_inode:[eventpoll]", "anon_inode:[eventfd]", "socket"];
 
 /**
  * Runs `body` and requires that the process has the same descriptors
@@ -63,20 +68,22 @@ function difference(before: string[], after: string[]): string[] {
   for (const kind of before) {
     const index = rest.indexOf(kind);
     if (index >= 0) rest.splice(index, 1);
-    else missing.push(`-${kind}`);
+    else if (!closedLate.includes(kind)) missing.push(`-${kind}`);
   }
   return [...missing, ...rest.map((kind) => `+${kind}`)];
 }
 
-/** Requires a number of descriptors, waiting for closes that are under way. */
+/**
+ * Requires that no more descriptors are open than a test began with, waiting
+ * for closes that are under way; fewer are, when `closedLate`.
+ */
 export async function assertDescriptorCount(expected: number): Promise<void> {
   await eventually(
-    () => descriptorCount() === expected,
+    () => descriptorCount() <= expected,
     () =>
       `${expected} descriptors are open, not ${descriptorCount()}: ${
         [...openDescriptors()].map(([fd, target]) => `${fd} ${target}`)
           .join(", ")
       }`,
   );
-  assert.equal(descriptorCount(), expected);
 }
