@@ -270,6 +270,11 @@ export class Guest {
     this.exited.catch(() => {});
   }
 
+  /** QEMU's process id. */
+  get pid(): number {
+    return this.#child.pid!;
+  }
+
   /** Called once, by startGuest. */
   connected(qmp: QmpConnection): void {
     this.#qmp = qmp;
