@@ -52,6 +52,8 @@ export interface LoadOptions {
   readonly packed?: boolean;
   /** Protocol features that are acked; all that are known unless given. */
   readonly protocolFeatures?: bigint;
+  /** Has requests tracked in an inflight region. */
+  readonly recovers?: boolean;
 }
 
 /** VIRTIO_BLK_F_FLUSH. */
@@ -95,6 +97,7 @@ export class LoadGenerator {
       usesCalls: false,
       packed: options.packed ?? false,
       protocolFeatures: options.protocolFeatures,
+      recovers: options.recovers ?? false,
     });
     const config = await device.getConfig(0, 8);
     return new LoadGenerator(

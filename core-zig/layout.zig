@@ -135,6 +135,9 @@ pub const flag_ring_logged: u32 = 1;
 /// goes on where its used ring ends, whatever `base` says. DPDK's virtio_user
 /// goes on with its rings after a reconnect and says 0.
 pub const flag_ring_resumed: u32 = 2;
+/// The driver has begun the ring anew, at `base`: the inflight region speaks of
+/// an earlier one.
+pub const flag_ring_anew: u32 = 4;
 
 /// Why `ring_create` refused: the number of descriptors, one of the areas, or
 /// another field (space, base, header_bytes, trailer_bytes, flags).

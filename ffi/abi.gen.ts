@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 229346719;
+export const abiHash = 181940176;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -889,6 +889,7 @@ export const constants = {
   memoryRevoked: 2,
   flagRingLogged: 1,
   flagRingResumed: 2,
+  flagRingAnew: 4,
   refuseRingSize: 1,
   refuseRingDescriptorArea: 2,
   refuseRingAvailableArea: 3,

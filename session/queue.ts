@@ -23,6 +23,7 @@ export interface QueueSetup {
   readonly isLogged: boolean;
   readonly memory: GuestMemory;
   readonly inflight: number | null;
+  readonly isAnew: boolean;
   readonly wires: QueueWires;
   readonly runId?: number;
   readonly pollMicroseconds?: number;
@@ -104,6 +105,11 @@ export class Queue {
    */
   readonly inflight: number | null;
   /**
+   * For `virtqueue/`: the driver has begun the ring anew since it stopped, so
+   * that what the inflight region says of it is of no interest.
+   */
+  readonly isAnew: boolean;
+  /**
    * Set before `queueStop`: the front-end does not want to wait. What is in
    * flight may stay so, recorded in the inflight region, if it is sure that
    * nothing comes of it any more (`VirtqueueOptions.suspend`).
@@ -135,6 +141,7 @@ export class Queue {
     this.addresses = setup.addresses;
     this.memory = setup.memory;
     this.inflight = setup.inflight;
+    this.isAnew = setup.isAnew;
     this.runId = setup.runId;
     this.pollMicroseconds = setup.pollMicroseconds;
     this.wires = setup.wires;

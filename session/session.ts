@@ -368,6 +368,7 @@ export class Session {
       isEnabled: () => vring.isEnabled,
       memory: this.memory,
       inflight: this.inflight.handleOf(vring.index),
+      isAnew: vring.isAnew,
       pollMicroseconds: this.options.pollMicroseconds,
       wires: {
         kickFd: vring.kick.kind === "event" ? vring.kick.source.fd : null,
@@ -459,6 +460,7 @@ export class Session {
       return;
     }
     vring.run = { kind: "started", queue };
+    vring.isAnew = false;
     // Used buffers of an earlier run may never have been announced, and a kick
     // may have come while nobody listened: both sides look once.
     queue.call();
@@ -515,6 +517,7 @@ export class Session {
     vring.base = hasFeature(queue.features, VirtioFeature.RING_PACKED)
       ? queue.availableIndex >>> 0
       : queue.availableIndex & 0xffff;
+    vring.stoppedAt = vring.base;
     queue.markStopped();
     vring.hasLeftInFlight = queue.inflight !== null && queue.leftInFlight > 0;
     vring.run = { kind: "stopped" };

@@ -46,6 +46,10 @@ export class Vring {
   run: RunState = { kind: "stopped" };
   /** The last stop left requests in the inflight region. */
   hasLeftInFlight = false;
+  /** The base at the last stop. */
+  stoppedAt: number | null = null;
+  /** The base was set to another one than that: the driver began anew. */
+  isAnew = false;
 
   /** The device runs it while it is disabled too, without side effects. */
   readonly runsDisabled: boolean;
@@ -106,6 +110,9 @@ export class Vring {
     this.isEnabled = false;
     this.size = 0;
     this.base = null;
+    this.stoppedAt = null;
+    this.isAnew = false;
+    this.hasLeftInFlight = false;
   }
 
   close(): void {

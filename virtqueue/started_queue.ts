@@ -23,6 +23,8 @@ export interface StartedQueue {
   readonly isLogged: boolean;
   /** The core's handle of the inflight region; null when nothing is tracked. */
   readonly inflight: number | null;
+  /** What the region says of the queue is of an earlier ring. */
+  readonly isAnew?: boolean;
   /** At a stop: requests in flight may stay recorded there. */
   readonly leavesInFlight: boolean;
   /** Set when it has stopped: how many requests did stay there. */

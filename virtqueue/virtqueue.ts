@@ -170,7 +170,8 @@ export function createRing(
   configWords.setUint32(
     field.flags,
     (queue.isLogged ? constants.flagRingLogged : 0) |
-      (options.isResumed ? constants.flagRingResumed : 0),
+      (options.isResumed ? constants.flagRingResumed : 0) |
+      (queue.isAnew ? constants.flagRingAnew : 0),
     true,
   );
   configWords.setUint32(field.queueIndex, queue.index, true);

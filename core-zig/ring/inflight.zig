@@ -46,7 +46,18 @@ pub fn stride(queue_size: u32, is_packed: bool) u64 {
 }
 
 /// A queue's part: what a ring tracks its requests in.
-pub const Area = struct { bytes: [*]align(8) u8, queue_size: u32 };
+pub const Area = struct {
+    bytes: [*]align(8) u8,
+    queue_size: u32,
+
+    /// As if nobody had used it.
+    pub fn forget(self: Area) void {
+        const offset = @offsetOf(split_inflight.Header, "version");
+        comptime std.debug.assert(offset == @offsetOf(packed_inflight.Header, "version"));
+        const field: *u16 = @ptrCast(@alignCast(self.bytes + offset));
+        store(field, version_fresh);
+    }
+};
 
 /// The region of a device; lives as long as its handle or a ring that uses it.
 pub const Inflight = struct {

@@ -35,7 +35,7 @@ pub const HeadState = enum(u8) { free, in_flight, completed };
 /// in a packed ring they are driver and device event suppression.
 pub const areas = 3;
 
-const ring_flags = layout.flag_ring_logged | layout.flag_ring_resumed;
+const ring_flags = layout.flag_ring_logged | layout.flag_ring_resumed | layout.flag_ring_anew;
 
 /// What is common to both formats. Each has `take` (pop), `publish` and
 /// `announce` (push), `arm`, `disarm`, `position`, `rewind`, `usedPosition`,
@@ -116,6 +116,7 @@ pub const Ring = struct {
         const region = inflight.acquire(config.inflight) orelse return linux.fail(.BADF);
         ring.region = region;
         const area = region.area(config.queue_index, ring.size, has(config.features, feature_packed)) orelse return linux.fail(.INVAL);
+        if (config.flags & layout.flag_ring_anew != 0) area.forget();
         const tracked = switch (ring.format) {
             inline else => |*format| format.track(area, ring.size),
         };

@@ -317,7 +317,7 @@ test "a ring refuses flags and indices that do not exist" {
     defer guest.stop();
     var reason: u32 = 0;
     var config = guest.ringConfig();
-    config.flags = layout.flag_ring_resumed << 1;
+    config.flags = layout.flag_ring_anew << 1;
     try expectEqual(linux.fail(.INVAL), rings.create(guest.memory, &config, &reason));
     try expectEqual(layout.refuse_ring_config, reason);
     config = guest.ringConfig();

@@ -107,6 +107,8 @@ export async function setBase(
   }
   await session.stop(vring);
   vring.base = num;
+  if (vring.stoppedAt !== null) vring.isAnew = num !== vring.stoppedAt;
+  if (vring.isAnew) vring.hasLeftInFlight = false;
   vring.forgetFailure();
 }
 

@@ -58,6 +58,7 @@ export interface QueueMessage {
   readonly isPolled: boolean;
   readonly isLogged: boolean;
   readonly inflight: number | null;
+  readonly isAnew: boolean;
   readonly pollMicroseconds: number | undefined;
   /** Open until the Worker has let go of the queue. */
   readonly kickFd: number | null;

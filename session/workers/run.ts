@@ -76,6 +76,7 @@ export class QueueRun {
       isPolled: queue.isPolled,
       isLogged: queue.isLogged,
       inflight: queue.inflight,
+      isAnew: queue.isAnew,
       pollMicroseconds: queue.pollMicroseconds,
       kickFd: this.#kickFd,
       callFd: this.#callFd,
@@ -90,7 +91,8 @@ export class QueueRun {
     if (core.ringState(ring, state) < 0) return;
     this.queue.availableIndex = state.getUint32(field.lastAvailable, true);
     // Where they are recorded, the next run begins with them.
-    this.queue.leftInFlight = state.getUint32(field.inFlight, true);
+    this.queue.leftInFlight = state.getUint32(field.inFlight, true) +
+      state.getUint32(field.toResubmit, true);
   }
 
   /** The Worker has let go. */

@@ -175,6 +175,7 @@ export class ServedQueue {
       isPolled: message.isPolled,
       isLogged: message.isLogged,
       inflight: message.inflight,
+      isAnew: message.isAnew,
       memory,
       runId: run,
       pollMicroseconds: message.pollMicroseconds,

@@ -216,6 +216,40 @@ for (const { packed, format } of formats) {
   });
 }
 
+for (const { packed, format } of formats) {
+  test(`a driver that begins its ring anew finds nothing of the old one (${format})`, async () => {
+    await withHeldDisk({ packed }, async ({ disk, client }) => {
+      const { device } = client;
+      const done = client.write(0, sector(1));
+      await disk.held(1);
+      disk.release("write 0");
+      await within(done, "the first write");
+      const lost = client.write(512, sector(2));
+      lost.catch(() => {});
+      await disk.held(1);
+      // In flight, and given up by the driver with its ring.
+      await device.stopQueue(0, { skipDrain: true });
+      await device.resetQueue(0);
+      await assert.rejects(lost, /the driver closed/);
+      await device.startQueue(0);
+      const write = client.write(1024, sector(3));
+      await disk.held(1);
+      assert.deepEqual(disk.names.slice(2), ["write 1024"]);
+      disk.open();
+      await within(write, "a write on the new ring");
+      // And that one is tracked.
+      disk.isOpen = false;
+      const later = client.write(1536, sector(4));
+      await disk.held(1);
+      await within(device.reconnect(), "the reconnect");
+      await disk.held(1);
+      disk.open();
+      await within(later, "the write that came again");
+      assert.deepEqual(device.queues[0].strays, []);
+    });
+  });
+}
+
 test("a write that cannot be cancelled is waited for, and not done twice", async () => {
   const held = new HeldDisk(false);
   await withHeldDisk({}, async ({ disk, client }) => {
