@@ -132,6 +132,9 @@ class VfioDma implements DmaSpace {
   }
 }
 
+/** Addresses of devices that this process has open. VFIO itself would not mind. */
+const open = new Set<string>();
+
 /** As `PciDevice` says. Made by {@linkcode openVfioDevice}. */
 export class VfioDevice implements PciDevice {
   readonly name: string;
@@ -167,6 +170,7 @@ export class VfioDevice implements PciDevice {
       this.#group.leave(context.group);
       throw error;
     }
+    open.add(context.address);
     this.dma = new VfioDma(this.#group, context.address);
     const field = layouts.VfioDeviceInfo;
     const info = new DataView(new ArrayBuffer(field.byteSize));
@@ -311,6 +315,7 @@ export class VfioDevice implements PciDevice {
     const command = this.readConfig(ConfigRegister.command, 2);
     this.writeConfig(ConfigRegister.command, 2, command & ~Command.busMaster);
     core.vfioDeviceClose(this.#handle);
+    open.delete(this.name);
     this.dma.close();
     this.#group.leave(this.#groupNumber);
     this.#removal?.watch.close();
@@ -328,8 +333,9 @@ export class VfioDevice implements PciDevice {
  * it may answer on the bus and use DMA; nothing else of it is changed.
  *
  * @param address such as `0000:00:05.0`
- * @throws Vhost2Error OPTION for what is no address; SYSTEM, with what to do,
- * when the device or its IOMMU group cannot be used
+ * @throws Vhost2Error OPTION for what is no address; IN_USE for what is open
+ * already; SYSTEM, with what to do, when the device or its IOMMU group cannot
+ * be used
  *
  * @example
  * ```ts
@@ -344,6 +350,12 @@ export class VfioDevice implements PciDevice {
  */
 export function openVfioDevice(address: string): VfioDevice {
   const name = pciAddress(address);
+  if (open.has(name)) {
+    throw new Vhost2Error(
+      "IN_USE",
+      `Cannot open PCI device ${name}: this process has it open already`,
+    );
+  }
   const group = iommuGroupOf(name);
   return new VfioDevice({
     address: name,

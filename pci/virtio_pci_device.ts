@@ -13,6 +13,7 @@ import { PackedDriver } from "../driver/packed_driver.ts";
 import type { QueueDriver } from "../driver/queue_driver.ts";
 import { SplitDriver } from "../driver/split_driver.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
+import { eventLoop } from "../ffi/event_loop.ts";
 import {
   describeFeatures,
   featureMask,
@@ -139,6 +140,7 @@ export class VirtioPciDevice {
   readonly #place: Place;
   readonly #queues = new Map<number, QueueDriver>();
   readonly #queueVectors: number;
+  #isOpen = true;
 
   private constructor(
     pci: PciDevice,
@@ -173,6 +175,8 @@ export class VirtioPciDevice {
       0,
       Math.min(1 + queueCount, vectorCount - 1),
     );
+    // Who awaits a request must not see the process end before.
+    eventLoop.ref();
     this.interrupts.handle(0, () => this.#interrupted());
     this.#setVector("msixConfig", 0, () => this.#interrupted());
   }
@@ -368,6 +372,8 @@ export class VirtioPciDevice {
    * the IOMMU all the same: its memory is unmapped.
    */
   async close(): Promise<void> {
+    if (!this.#isOpen) return;
+    this.#isOpen = false;
     this.onConfigChange = undefined;
     this.interrupts.close();
     try {
@@ -378,6 +384,7 @@ export class VirtioPciDevice {
     for (const driver of this.#queues.values()) driver.close();
     this.#queues.clear();
     this.memory.close();
+    eventLoop.unref();
   }
 
   [Symbol.asyncDispose](): Promise<void> {

@@ -16,7 +16,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { guestCache } from "./cache.ts";
-import { buildInitramfs } from "./initramfs.ts";
+import { buildInitramfs, type GuestExtras } from "./initramfs.ts";
 import { QmpConnection, type QmpEvent } from "./qmp.ts";
 
 /** A vhost-user-blk disk of a guest. */
@@ -58,6 +58,15 @@ export interface GuestOptions {
   nics?: GuestNic[];
   /** Who serves the disks: when one crashes, the guest fails with it. */
   backends?: { crashed: Promise<Error> }[];
+  /**
+   * QEMU's own devices, each as `-device` takes it, behind an IOMMU that
+   * isolates them: for drivers in the guest's user space.
+   */
+  isolated?: string[];
+  /** Back-ends of those devices, as `-drive` takes them. */
+  drives?: string[];
+  /** What the guest has beside busybox and the disk verifier. */
+  extras?: GuestExtras;
   /** Run by the guest; without it the firmware boots from a disk. */
   script?: string;
   /** Waits to take over a running guest with the same options: migration.ts. */
@@ -130,8 +139,9 @@ export async function startGuest(options: GuestOptions): Promise<Guest> {
 }
 
 async function start(folder: string, options: GuestOptions): Promise<Guest> {
-  const { disks = [], nics = [], script, memoryMb = 256, cpus = 1, iommu } =
-    options;
+  const { disks = [], nics = [], script, memoryMb = 256, cpus = 1 } = options;
+  const isIsolating = options.isolated !== undefined;
+  const iommu = options.iommu ?? (isIsolating ? "strict" : undefined);
   const qmpPath = join(folder, "qmp");
   const args = [
     "-nodefaults",
@@ -139,10 +149,14 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     ...["-display", "none", "-vga", "none"],
     ...[
       "-machine",
-      `${iommu ? "q35" : "pc"},accel=tcg,memory-backend=mem,hpet=off`,
+      `${iommu ? "q35" : "pc"},accel=tcg,memory-backend=mem,hpet=off${
+        // Interrupts can be remapped only where QEMU has their controller.
+        isIsolating ? ",kernel-irqchip=split" : ""}`,
     ],
     // Before the devices behind it.
-    ...(iommu ? ["-device", "intel-iommu,intremap=off"] : []),
+    ...(iommu
+      ? ["-device", `intel-iommu,intremap=${isIsolating ? "on" : "off"}`]
+      : []),
     // The disk verifier uses the crc32 instruction; rdrand saves the kernel
     // the second in which it collects randomness otherwise.
     ...["-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"],
@@ -157,10 +171,15 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
   if (script !== undefined) {
     const cache = guestCache();
     const initramfs = join(folder, "initramfs");
-    writeFileSync(initramfs, buildInitramfs(cache, script, nics.length > 0));
+    writeFileSync(
+      initramfs,
+      buildInitramfs(cache, script, nics.length > 0, options.extras),
+    );
     args.push("-kernel", cache.kernel, "-initrd", initramfs);
     args.push("-append", [COMMAND_LINE, ...iommuArguments(iommu)].join(" "));
   }
+  for (const drive of options.drives ?? []) args.push("-drive", drive);
+  for (const device of options.isolated ?? []) args.push("-device", device);
   if (options.incoming) args.push("-incoming", "defer");
   for (const disk of disks) {
     args.push("-chardev", chardevArgument(disk));

@@ -68,6 +68,19 @@ remount_fs() {
 queue_count() { ls /sys/block/$1/mq | wc -l; }
 `;
 
+/** What else a guest has. */
+export interface GuestExtras {
+  /** Kernel modules, loaded with all that they need. */
+  readonly modules?: readonly string[];
+  /** Files by their path in the guest. */
+  readonly files?: ReadonlyMap<string, { bytes: Uint8Array; mode?: number }>;
+}
+
+/** Folders that the archive has in any case. */
+const FOLDERS = [
+  ...["bin", "dev", "proc", "sys", "lib", "lib/modules", "tmp", "mnt"],
+];
+
 /**
  * The archive of a guest that runs `script` (a shell script, run with
  * `sh -e -o pipefail` and the functions of STEPS) and powers off.
@@ -76,10 +89,14 @@ export function buildInitramfs(
   cache: GuestCache,
   script: string,
   hasNetwork = false,
+  extras: GuestExtras = {},
 ): Uint8Array {
   const archive = new CpioArchive();
-  const folders = ["bin", "dev", "proc", "sys", "lib", "lib/modules", "tmp"];
-  for (const folder of [...folders, "mnt"]) archive.folder(folder);
+  for (const folder of FOLDERS) archive.folder(folder);
+  for (const folder of foldersOf(extras)) archive.folder(folder);
+  for (const [path, { bytes, mode }] of extras.files ?? []) {
+    archive.file(path, bytes, mode);
+  }
   // The kernel gives it to /init as standard input, output and error.
   archive.characterDevice("dev/console", 5, 1);
   archive.file("bin/busybox", readFileSync(cache.busybox), 0o755);
@@ -88,7 +105,11 @@ export function buildInitramfs(
   }
   archive.file("bin/verify", readFileSync(cache.verify), 0o755);
   const order: string[] = [];
-  const wanted = hasNetwork ? [...MODULES, ...NETWORK_MODULES] : MODULES;
+  const wanted = [
+    ...MODULES,
+    ...hasNetwork ? NETWORK_MODULES : [],
+    ...extras.modules ?? [],
+  ];
   for (const { name, bytes } of modulesWithNeeded(cache, wanted)) {
     archive.file(`lib/modules/${name}.ko`, bytes);
     order.push(`/lib/modules/${name}.ko`);
@@ -98,6 +119,16 @@ export function buildInitramfs(
   archive.text("script.sh", script + "\n");
   archive.text("init", INIT, 0o755);
   return archive.end();
+}
+
+/** The folders of the files, each after the one that it is in. */
+function foldersOf({ files }: GuestExtras): string[] {
+  const found = new Set<string>();
+  for (const path of files?.keys() ?? []) {
+    const parts = path.split("/").slice(0, -1);
+    parts.forEach((_, i) => found.add(parts.slice(0, i + 1).join("/")));
+  }
+  return [...found].filter((folder) => !FOLDERS.includes(folder)).sort();
 }
 
 function appletsOf(busybox: string): string[] {
