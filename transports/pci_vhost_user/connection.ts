@@ -225,7 +225,8 @@ export class PciVhostUserConnection implements Connection {
     onKick: (() => void) | null,
   ): KickSource | null {
     const kick = this.#device.kick(queueIndex);
-    if (kick === null) return null;
+    // A vector that queues share tells nobody but us whose kick it is.
+    if (kick === null || (onKick === null && kick.fd === null)) return null;
     const undo = onKick === null ? () => {} : kick.handle(onKick);
     this.#kicks.add(undo);
     return {
