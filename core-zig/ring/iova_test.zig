@@ -7,6 +7,8 @@ const linux = @import("../linux.zig");
 const sync = @import("../sync.zig");
 const memory = @import("../memory/memory.zig");
 const translation = @import("../memory/iova.zig");
+const dirty_log = @import("../memory/dirty_log.zig");
+const SharedLog = @import("../memory/dirty_log_test.zig").SharedLog;
 const rings = @import("ring.zig");
 const iova_areas = @import("iova_areas.zig");
 const fake_guest = @import("fake_guest.zig");
@@ -386,6 +388,71 @@ test "translations by IOVA: how far, in which view, and why not" {
     try expectEqual(linux.fail(.INVAL), translation.clear(guest.memory, layout.space_iova));
     try expectEqual(linux.fail(.INVAL), translation.update(guest.memory, top, 2, 0, r));
     try expectEqual(linux.fail(.INVAL), translation.invalidate(guest.memory, 0, 0));
+}
+
+test "the inflight region goes on where the last run ended, as soon as the ring is mapped" {
+    for ([_]u64{ 0, fake_guest.feature_packed }) |format| {
+        const guest = try start(.{ .inflight_size = 8, .features = format, .base = if (format == 0) 0 else fake_packed_guest.first_base });
+        defer guest.stop();
+        try guest.mapRing();
+        try guest.map(buffer, Guest.buffers, 0x1000, r | w);
+        if (format == 0) {
+            for ([_]u16{ 5, 2 }) |head| {
+                _ = link(guest, head, buffer, &.{.{ 8, 0 }});
+                guest.offer(head);
+            }
+        } else {
+            for ([_]u16{ 5, 2 }, 0..) |id, slot| guest.describe(Guest.descriptors, @intCast(slot), buffer, 8, id, 1 << 7);
+        }
+        try expectEqual(2, guest.pop());
+        // The next process begins while the ring is not mapped.
+        try guest.unmap(0, top);
+        try expect(guest.restart() > 0);
+        try expectEqual(again, guest.pop());
+        try expectEqual(0, guest.state().to_resubmit);
+        try guest.mapRing();
+        try expectEqual(again, guest.pop());
+        try expectEqual(2, guest.state().to_resubmit);
+        try guest.expectMisses(&.{miss(buffer, r, absent)});
+        try guest.map(buffer, Guest.buffers, 0x1000, r);
+        try expectEqual(2, guest.pop());
+        try expectEqual(5, guest.record(0).head);
+        try expectEqual(2, guest.record(1).head);
+        // Or while it is, which the start says if the region is damaged.
+        @memset(guest.part()[8..16], 0xff);
+        try expectEqual(linux.fail(.UCLEAN), guest.restart());
+        try guest.unmap(0, top);
+        try expect(guest.restart() > 0);
+        try guest.mapRing();
+        try expectEqual(linux.fail(.PROTO), guest.pop());
+        try expectEqual(layout.broken_inflight, guest.state().broken);
+    }
+}
+
+test "the dirty log is by guest addresses: of buffers, and of where the used ring really is" {
+    const guest = try start(.{ .flags = layout.flag_ring_logged });
+    defer guest.stop();
+    const log: SharedLog = .init(0x2000);
+    defer log.deinit();
+    var result: layout.PrepareResult = undefined;
+    try expectEqual(0, dirty_log.setBase(guest.memory, log.fd, log.bytes.len, 0, &result));
+    try expectEqual(0, dirty_log.setLogging(guest.memory, 1));
+    // What the front-end gives is an IOVA like the ring's.
+    try expectEqual(0, dirty_log.setRing(guest.memory, 3, 1, Guest.used + offset));
+    try guest.mapRing();
+    const moved = low + 0xd0000;
+    try guest.map(Guest.used + offset, moved, 0x1000, r | w);
+    try guest.map(buffer, Guest.buffers, 0x1000, w);
+    try guest.map(buffer + 0x1000, low + 0xc0000, 0x1000, w);
+    _ = link(guest, 0, buffer + 0x800, &.{.{ 0x1000, write }});
+    guest.offer(0);
+    try expectEqual(1, guest.pop());
+    _ = guest.push(&.{0});
+    for ([_]u64{ Guest.buffers, low + 0xc0000, moved }) |gpa| try expect(log.isSet(gpa));
+    try expectEqual(3, log.take());
+    try expectEqual(0, rings.disarm(guest.ring));
+    try expect(log.isSet(moved));
+    try expectEqual(1, log.take());
 }
 
 test "after an invalidation has returned no pop finds what it took away" {
