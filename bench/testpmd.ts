@@ -30,7 +30,8 @@ export class Testpmd {
       this.#wake();
     };
     process.stdout!.setEncoding("utf8").on("data", take);
-    process.stderr!.setEncoding("utf8").on("data", take);
+    // Apart: it would cut the prompt in two.
+    process.stderr!.resume();
     process.once("close", () => this.#wake());
   }
 

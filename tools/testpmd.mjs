@@ -71,12 +71,14 @@ async function finish(unpacked) {
     `#!/bin/sh
 # Made by the set-up.
 here=$(cd "$(dirname "$0")" && pwd)/root
-libraries=$(dirname "$(find "$here" -name 'librte_eal.so.*' | head -n 1)")
-driver() { ls "$libraries/librte_$1.so."* | head -n 1; }
-export LD_LIBRARY_PATH="$libraries"
-exec "$here/usr/bin/dpdk-testpmd" ${
-      DRIVERS.map((name) => `-d "$(driver ${name})"`).join(" ")
-    } "$@"
+export LD_LIBRARY_PATH="$(dirname "$(find "$here" -name 'librte_eal.so.*' | head -n 1)")"
+# Preloaded, beside what stdbuf preloads: its option -d refuses whatever lies
+# below a folder like /tmp.
+for driver in ${DRIVERS.join(" ")}; do
+  file=$(ls "$LD_LIBRARY_PATH/librte_$driver.so."* | head -n 1)
+  drivers="$drivers \${file##*/}"
+done
+LD_PRELOAD="$LD_PRELOAD$drivers" exec "$here/usr/bin/dpdk-testpmd" "$@"
 `,
   );
   await chmod(script, 0o755);

@@ -1,7 +1,7 @@
 /** Waiting on events. A time here is only ever the limit of a failure. */
 
 /** Milliseconds after which a wait has failed. */
-const limitMs = 20_000;
+const limitMs = 60_000;
 
 /** Something that has happened, told to whoever waits for a state. */
 export class Signal {
