@@ -8,6 +8,7 @@ const layout = @import("../layout.zig");
 const memory = @import("../memory/memory.zig");
 const iova = @import("../memory/iova.zig");
 const Areas = @import("iova_areas.zig").Areas;
+const prefetch = @import("../prefetch.zig");
 
 pub const descriptor_size = 16;
 /// Virtio 1.3, 2.7.5: `flags` of a descriptor.
@@ -155,6 +156,30 @@ pub fn Batch(comptime is_translated: bool) type {
                 .offset = if (is_translated) self.window.offset + offset else offset,
                 .length = @intCast(@min(length, self.window.length - offset)),
             };
+        }
+
+        /// A chain that is taken later begins with this descriptor: what it
+        /// points at comes nearer. Only a hint, so no more is checked than that
+        /// the bytes may be looked at; `add` reads and checks everything again.
+        pub inline fn hint(self: *const Self, descriptor: Descriptor) void {
+            if (descriptor.flags & flag_write != 0) return;
+            const offset = descriptor.address -% self.window.start;
+            if (offset >= self.window.length) return;
+            const pointer = self.window.pointer + @as(usize, @intCast(offset));
+            // A driver keeps the byte of the answer beside the header.
+            if (self.trailer_bytes != 0) prefetch.forWriting(pointer) else prefetch.forReading(pointer);
+        }
+
+        /// The same of the first buffer in an indirect table that has been hinted
+        /// at before.
+        pub inline fn hintInside(self: *const Self, descriptor: Descriptor) void {
+            if (descriptor.flags & flag_indirect == 0) return;
+            const offset = descriptor.address -% self.window.start;
+            if (offset >= self.window.length or self.window.length - offset < descriptor_size) return;
+            var first: Descriptor = .loadUnaligned(@ptrCast(self.window.pointer + @as(usize, @intCast(offset))));
+            // Where it is flags or not depends on the format.
+            first.flags = 0;
+            self.hint(first);
         }
 
         noinline fn moveWindow(self: *Self, address: u64, access: u32) Error!void {

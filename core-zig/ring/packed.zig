@@ -17,6 +17,7 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const sync = @import("../sync.zig");
 const chain = @import("chain.zig");
+const prefetch = @import("../prefetch.zig");
 const isWanted = @import("split.zig").isWanted;
 const Ring = @import("ring.zig").Ring;
 const Written = @import("written.zig").Written;
@@ -231,6 +232,7 @@ pub const Packed = struct {
             // Acquire: pairs with the driver's barrier before it stores the
             // flags of a chain's first descriptor; all else is read after it.
             const word = self.availableAt(at, .acquire) orelse return;
+            self.lookAhead(ring, batch, at);
             const left = ring.size - outstanding;
             if (left == 0) return batch.breach(layout.broken_available_index, at.slot);
             batch.begin();
@@ -244,8 +246,31 @@ pub const Packed = struct {
             ring.own(batch, id);
             self.lengths[id] = @intCast(count);
             outstanding += count;
+            // Where a request was, another one's used descriptor will be.
+            prefetch.forWriting(@ptrCast(&self.descriptors[at.slot]));
             at.advance(count, ring.size);
         }
+    }
+
+    /// What hangs on the descriptors some places on is called from the driver's
+    /// processor: an indirect table, then the first buffer in it. Each is a round
+    /// trip of a cache line, and they overlap with those of other requests.
+    inline fn lookAhead(self: *const Packed, ring: *const Ring, batch: anytype, at: Cursor) void {
+        if (self.hinted(ring, at, tables_ahead)) |descriptor| batch.hint(descriptor);
+        if (self.hinted(ring, at, buffers_ahead)) |descriptor| batch.hintInside(descriptor);
+    }
+
+    const tables_ahead = 8;
+    const buffers_ahead = 4;
+
+    /// Only for hints: it is read again in its turn.
+    inline fn hinted(self: *const Packed, ring: *const Ring, at: Cursor, comptime ahead: u32) ?chain.Descriptor {
+        var there = at;
+        if (ring.size <= ahead) return null;
+        there.advance(ahead, ring.size);
+        const word = self.availableAt(there, .monotonic) orelse return null;
+        const address = @atomicLoad(u64, &self.descriptors[there.slot][0], .monotonic);
+        return .{ .address = address, .length = @truncate(word), .flags = flagsOf(word), .next = 0 };
     }
 
     /// Their descriptors are in the region and perhaps no longer in the ring;

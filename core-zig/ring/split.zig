@@ -13,6 +13,7 @@
 const std = @import("std");
 const layout = @import("../layout.zig");
 const chain = @import("chain.zig");
+const prefetch = @import("../prefetch.zig");
 const Ring = @import("ring.zig").Ring;
 const Written = @import("written.zig").Written;
 const inflight = @import("inflight.zig");
@@ -71,10 +72,6 @@ pub fn areaLengths(size: u32) [3]u32 {
     return .{ chain.descriptor_size * size, Available.byteCount(size), Used.byteCount(size) };
 }
 pub const alignments = [3]u32{ 16, 2, 4 };
-
-/// How far ahead heads are read, so that their descriptors are on their way
-/// from the driver's processor.
-const heads_ahead = 4;
 
 /// What a ring has of this format. The pointers are into guest memory.
 pub const Split = struct {
@@ -147,18 +144,11 @@ pub const Split = struct {
         if (pending > ring.size) return batch.breach(layout.broken_available_index, index);
         const count = @min(pending, max);
         const mask = ring.size - 1;
-        const heads = self.available.ring();
         defer self.last_available +%= @intCast(batch.record_count);
 
-        var window: [heads_ahead]u16 = undefined;
-        var read: u32 = 0;
+        var ahead: Ahead = .{ .ring = self, .start = self.last_available, .count = count, .mask = mask };
         for (0..count) |_| {
-            while (read < count and read < batch.record_count + heads_ahead) : (read += 1) {
-                const head = @atomicLoad(u16, &heads[(self.last_available + read) & mask], .monotonic);
-                @prefetch(&self.descriptors[head & mask], .{});
-                window[read % heads_ahead] = head;
-            }
-            const head: u32 = window[batch.record_count % heads_ahead];
+            const head: u32 = ahead.next(batch);
             batch.begin();
             try ring.requireFree(batch, head);
             try self.walk(ring, batch, head);
@@ -166,7 +156,63 @@ pub const Split = struct {
             if (self.inflight) |*tracker| tracker.take(@intCast(head));
             ring.own(batch, head);
         }
+        self.expectPush(ring, count);
     }
+
+    /// So many requests will be used: the elements for them are wanted here.
+    inline fn expectPush(self: *const Split, ring: *const Ring, count: u32) void {
+        const in_line = 64 / @sizeOf(UsedElement);
+        var index: u32 = self.used_index;
+        const end = index + count;
+        while (index < end) : (index += in_line) {
+            prefetch.forWriting(@ptrCast(&self.used.ring()[index & (ring.size - 1)]));
+        }
+    }
+
+    /// Heads are read before their turn, and what hangs on them, one after the
+    /// other, is called from the driver's processor: descriptor, indirect table,
+    /// the first buffer of that. Each is a round trip of a cache line, and they
+    /// overlap with those of other requests.
+    const Ahead = struct {
+        ring: *const Split,
+        start: u16,
+        count: u32,
+        mask: u32,
+        heads: [window]u16 = undefined,
+        taken: u32 = 0,
+        /// How far each step is.
+        read: u32 = 0,
+        descriptors: u32 = 0,
+        tables: u32 = 0,
+
+        const window = 16;
+        const read_ahead = 12;
+        const descriptors_ahead = 8;
+        const tables_ahead = 4;
+
+        inline fn next(self: *Ahead, batch: anytype) u16 {
+            const ring = self.ring;
+            const list = ring.available.ring();
+            while (self.read < self.count and self.read < self.taken + read_ahead) : (self.read += 1) {
+                const head = @atomicLoad(u16, &list[(self.start + self.read) & self.mask], .monotonic);
+                prefetch.forReading(@ptrCast(&ring.descriptors[head & self.mask]));
+                self.heads[self.read % window] = head;
+            }
+            while (self.descriptors < self.count and self.descriptors < self.taken + descriptors_ahead) : (self.descriptors += 1) {
+                batch.hint(self.descriptor(self.descriptors));
+            }
+            while (self.tables < self.count and self.tables < self.taken + tables_ahead) : (self.tables += 1) {
+                batch.hintInside(self.descriptor(self.tables));
+            }
+            defer self.taken += 1;
+            return self.heads[self.taken % window];
+        }
+
+        /// Only for hints: it is read again in its turn.
+        inline fn descriptor(self: *const Ahead, index: u32) chain.Descriptor {
+            return .load(&self.ring.descriptors[self.heads[index % window] & self.mask]);
+        }
+    };
 
     /// They are marked in the region already, and behind `last_available`.
     noinline fn retake(self: *Split, ring: *Ring, batch: anytype, max: u32) chain.Error!void {
