@@ -17,6 +17,9 @@ const memory = @import("../memory/memory.zig");
 const checksum = @import("checksum.zig");
 const counting = @import("counts.zig");
 const headers = @import("header.zig");
+const prefetch = @import("../prefetch.zig");
+const single = @import("../ring/single.zig");
+const singles = @import("singles.zig");
 
 const Frame = layout.Frame;
 const Header = headers.Header;
@@ -28,7 +31,7 @@ const burst = layout.net_burst_maximum;
 
 /// Frames begin at multiples of this in the caller's buffer, so that it can
 /// read their fields as words.
-const frame_alignment = 16;
+pub const frame_alignment = 16;
 
 const chains_ahead = 4;
 
@@ -52,6 +55,13 @@ const Chains = struct {
         };
     }
 
+    /// Room for `max` chains of one buffer, which need no records; null where
+    /// they are not for this ring, or do not fit.
+    fn singlesOf(self: *const Chains, ring: *const rings.Ring, max: u32) ?[*]align(4) single.Single {
+        if (!single.suits(ring) or max * single.words > self.word_count) return null;
+        return @ptrCast(self.words);
+    }
+
     /// Returns how many there are, or a negative errno.
     fn pop(self: *Chains, handle: u32, max: u32) i32 {
         const popped = rings.pop(handle, self.words, self.word_count, max);
@@ -71,14 +81,14 @@ const Chains = struct {
 
     /// The first bytes of a chain's first buffer, some chains ahead, begin to
     /// come from the driver's processor.
-    inline fn prefetch(self: *const Chains, table: *const memory.Table, index: u32, comptime rw: std.builtin.PrefetchOptions.Rw) void {
+    inline fn expect(self: *const Chains, table: *const memory.Table, index: u32, comptime is_written: bool) void {
         if (index + chains_ahead >= self.count) return;
         const record = self.at(index + chains_ahead);
         const segment = &self.segments[record.segment_first];
         if (record.readable_count + record.writable_count == 0) return;
         const pointer = table.pointerOf(segment.view, segment.offset, 1) orelse return;
-        @prefetch(pointer, .{ .rw = rw });
-        @prefetch(pointer + 64, .{ .rw = rw });
+        if (is_written) prefetch.forWriting(pointer) else prefetch.forReading(pointer);
+        if (is_written) prefetch.forWriting(pointer + 64) else prefetch.forReading(pointer + 64);
     }
 
     /// Those from `first` on stay in the ring.
@@ -126,7 +136,7 @@ const Completions = struct {
 /// it waits for the IOTLB; `ring_misses` says what it lacks, also after a 0.
 pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Frame, max: u32, buffer: [*]u8, buffer_size: u32, flags: u32, counts: *Counts) callconv(.c) i32 {
     const ring = rings.get(handle) orelse return linux.fail(.BADF);
-    var chains = Chains.init(ring, scratch, scratch_words) orelse return linux.fail(.INVAL);
+    const chains = Chains.init(ring, scratch, scratch_words) orelse return linux.fail(.INVAL);
     const progress: *Progress = @ptrCast(scratch);
     progress.* = std.mem.zeroes(Progress);
     if (max == 0 or max > burst or buffer_size < frame_alignment + layout.net_frame_maximum) return linux.fail(.INVAL);
@@ -136,42 +146,92 @@ pub fn receive(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]Fram
     if (entered != 0) return entered;
     defer ring.leave();
 
-    const table = ring.memory.enter();
+    var receiver: Receiver = .{
+        .handle = handle,
+        .ring = ring,
+        .table = ring.memory.enter(),
+        .chains = chains,
+        .frames = frames,
+        .max = max,
+        .buffer = buffer,
+        .buffer_size = buffer_size,
+        .flags = flags,
+        .counts = counts,
+        .progress = progress,
+        .completions = .init(scratch),
+    };
     defer ring.memory.leave();
-    const popped = chains.pop(handle, max);
-    if (popped <= 0) return popped;
-    var completions: Completions = .init(scratch);
-    var position: u32 = 0;
-    var index: u32 = 0;
-    while (index < chains.count) : (index += 1) {
-        chains.prefetch(table, index, .read);
-        const record = chains.at(index);
-        const length = record.readable_bytes;
-        const header = checkedHeader(&chains, index, ring.header_bytes, flags) orelse {
-            counts.errors += 1;
-            completions.add(record.head, 0);
-            continue;
-        };
-        const start = position + frame_alignment;
-        if (length > buffer_size - start) {
-            // At most the largest frame, so this is not the first of the batch.
-            chains.keep(ring, index);
-            break;
-        }
-        const frame = buffer + start;
-        if (!gather(table, &chains, record, frame)) return linux.fail(.FAULT);
-        header.store((frame - header_size)[0..header_size]);
-        frames[progress.frames] = .{ .offset = start, .length = length };
-        progress.frames += 1;
-        // No overflow, as all of it is in the buffer; behind it nothing fits.
-        position = @min(std.mem.alignForward(u32, start + length, frame_alignment), buffer_size - frame_alignment);
-        counting.add(counts, frame, length);
-        completions.add(record.head, 0);
-    }
-    // What was copied since a fault may be zeros that nobody wrote.
-    if (!ring.isUsable()) return ring.failure();
-    return completions.push(handle, progress);
+    return receiver.run();
 }
+
+/// One call of `receive`; singles.zig does its part with the same.
+pub const Receiver = struct {
+    handle: u32,
+    ring: *rings.Ring,
+    table: *const memory.Table,
+    chains: Chains,
+    frames: [*]Frame,
+    max: u32,
+    buffer: [*]u8,
+    buffer_size: u32,
+    flags: u32,
+    counts: *Counts,
+    progress: *Progress,
+    completions: Completions,
+    /// Where the buffer is free.
+    position: u32 = 0,
+
+    fn run(self: *Receiver) i32 {
+        if (self.ring.header_bytes == header_size) {
+            if (self.chains.singlesOf(self.ring, self.max)) |list| {
+                const result = singles.receive(self, list);
+                if (result != singles.other_shape) return result;
+            }
+        }
+        const popped = self.chains.pop(self.handle, self.max - self.progress.frames);
+        // What came before it has been given back.
+        if (popped <= 0) return if (self.progress.chains != 0) 0 else popped;
+        var index: u32 = 0;
+        while (index < self.chains.count) : (index += 1) {
+            self.chains.expect(self.table, index, false);
+            const record = self.chains.at(index);
+            const length = record.readable_bytes;
+            const header = checkedHeader(&self.chains, index, self.ring.header_bytes, self.flags) orelse {
+                self.counts.errors += 1;
+                self.completions.add(record.head, 0);
+                continue;
+            };
+            const frame = self.place(length) orelse {
+                self.chains.keep(self.ring, index);
+                break;
+            };
+            if (!gather(self.table, &self.chains, record, frame)) return linux.fail(.FAULT);
+            header.store((frame - header_size)[0..header_size]);
+            self.add(frame, length);
+            self.completions.add(record.head, 0);
+        }
+        // What was copied since a fault may be zeros that nobody wrote.
+        if (!self.ring.isUsable()) return self.ring.failure();
+        return self.completions.push(self.handle, self.progress);
+    }
+
+    /// Where a frame goes, its header in front; null when there is no room, as
+    /// for the first of a burst there always is.
+    pub inline fn place(self: *const Receiver, length: u32) ?[*]u8 {
+        const start = self.position + frame_alignment;
+        return if (length > self.buffer_size - start) null else self.buffer + start;
+    }
+
+    /// The frame is there.
+    pub inline fn add(self: *Receiver, frame: [*]const u8, length: u32) void {
+        const start = self.position + frame_alignment;
+        self.frames[self.progress.frames] = .{ .offset = start, .length = length };
+        self.progress.frames += 1;
+        // No overflow, as all of it is in the buffer; behind it nothing fits.
+        self.position = @min(std.mem.alignForward(u32, start + length, frame_alignment), self.buffer_size - frame_alignment);
+        counting.add(self.counts, frame, length);
+    }
+};
 
 inline fn checkedHeader(chains: *const Chains, index: u32, header_bytes: u32, flags: u32) ?Header {
     const record = chains.at(index);
@@ -260,7 +320,8 @@ pub fn send(handle: u32, scratch: [*]u32, scratch_words: u32, frames: [*]const F
     return sender.run();
 }
 
-const Sender = struct {
+/// One call of `send`; singles.zig does its part with the same.
+pub const Sender = struct {
     handle: u32,
     ring: *rings.Ring,
     table: *const memory.Table,
@@ -276,7 +337,15 @@ const Sender = struct {
         // How many chains are popped at once: as many as frames, until one
         // frame needs more.
         var wanted: u32 = 1;
+        const has_short_header = self.flags & layout.flag_net_short_header != 0;
+        const list = if (has_short_header) null else self.chains.singlesOf(self.ring, burst);
         while (self.progress.frames < self.frames.len) {
+            if (list) |room| {
+                const start = self.progress.frames;
+                const result = singles.send(self, room);
+                if (result < 0) return result;
+                if (self.progress.frames != start) continue;
+            }
             const left: u32 = @intCast(self.frames.len - self.progress.frames);
             const max = @min(burst, @max(left, wanted));
             const popped = self.chains.pop(self.handle, max);
@@ -308,7 +377,7 @@ const Sender = struct {
         const size: u32 = if (self.flags & layout.flag_net_short_header != 0) header_size - 2 else header_size;
         var index: u32 = 0;
         while (index < self.chains.count and self.progress.frames < self.frames.len) {
-            self.chains.prefetch(self.table, index, .write);
+            self.chains.expect(self.table, index, true);
             const frame = self.frames[self.progress.frames];
             const bytes = (self.buffer + frame.offset)[0..frame.length];
             var header = self.prepared(bytes) orelse {
@@ -352,7 +421,7 @@ const Sender = struct {
     }
 
     /// The header for this driver; null when the frame cannot be made fit.
-    inline fn prepared(self: *Sender, bytes: []u8) ?Header {
+    pub inline fn prepared(self: *Sender, bytes: []u8) ?Header {
         const place = (bytes.ptr - header_size)[0..header_size];
         var header: Header = .load(place);
         if (header.isPlain()) return .{};

@@ -252,6 +252,35 @@ pub const Packed = struct {
         }
     }
 
+    /// Takes chains of one buffer, up to the first of another shape.
+    pub inline fn takeSingles(self: *Packed, ring: *const Ring, taker: anytype, max: u32) void {
+        var at: Cursor = .init(self.available);
+        const most = @min(max, ring.size - self.outstanding);
+        while (taker.count < most) {
+            // Acquire: as in `take`.
+            const word = self.availableAt(at, .acquire) orelse break;
+            const descriptor: chain.Descriptor = .{
+                .address = @atomicLoad(u64, &self.descriptors[at.slot][0], .monotonic),
+                .length = @truncate(word),
+                .flags = flagsOf(word),
+                .next = 0,
+            };
+            const id: u32 = idOf(word);
+            if (!taker.add(descriptor, id)) break;
+            // Four of them are in a line, and used ones take their place.
+            if (at.slot % 4 == 0) prefetch.forWriting(@ptrCast(&self.descriptors[at.slot]));
+            at.advance(1, ring.size);
+        }
+        self.available = at.position();
+        self.outstanding += taker.count;
+    }
+
+    /// The last `count` of those are available again.
+    pub inline fn untakeSingles(self: *Packed, ring: *const Ring, count: u32) void {
+        self.outstanding -= count;
+        self.available = self.available.before(count, ring.size);
+    }
+
     /// What hangs on the descriptors some places on is called from the driver's
     /// processor: an indirect table, then the first buffer in it. Each is a round
     /// trip of a cache line, and they overlap with those of other requests.

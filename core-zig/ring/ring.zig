@@ -160,6 +160,16 @@ pub const Ring = struct {
         if (self.is_in_order) self.ordered -= 1;
     }
 
+    /// Makes visible what was published since `old`. Returns 1 when the driver
+    /// must be called.
+    pub inline fn announce(self: *Ring, format: anytype, old: u16) i32 {
+        if (!format.announce(old)) return 0;
+        if (self.log) |log| format.markUsed(self, log, old);
+        if (self.is_called) return @intFromBool(format.wantsCall(self, old));
+        self.is_called = true;
+        return 1;
+    }
+
     /// Of IN_ORDER completions, those that no older request holds back. One
     /// used element stands for a run of them (2.7.9, 2.8.8): it has the head
     /// and the length of the last, and the driver takes the others for written
@@ -471,11 +481,7 @@ inline fn pushTo(ring: *Ring, format: anytype, completions: []const layout.Compl
             format.publish(ring, completion.head, completion.written, format.stepsOf(completion.head));
         }
     }
-    if (!format.announce(old)) return 0;
-    if (ring.log) |log| format.markUsed(ring, log, old);
-    if (ring.is_called) return @intFromBool(format.wantsCall(ring, old));
-    ring.is_called = true;
-    return 1;
+    return ring.announce(format, old);
 }
 
 /// Asks for kicks. Returns 1 when there is already more to pop, for which no

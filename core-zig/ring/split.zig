@@ -159,6 +159,39 @@ pub const Split = struct {
         self.expectPush(ring, count);
     }
 
+    /// Takes chains of one buffer, up to the first of another shape.
+    pub inline fn takeSingles(self: *Split, ring: *const Ring, taker: anytype, max: u32) void {
+        // Acquire: as in `take`.
+        const index = @atomicLoad(u16, &self.available.index, .acquire);
+        const pending: u32 = index -% self.last_available;
+        if (pending > ring.size) {
+            // An error, for `take` to find.
+            taker.has_other = true;
+            return;
+        }
+        const count = @min(pending, max);
+        const mask = ring.size - 1;
+        const heads = self.available.ring();
+        var heads_ahead: [Ahead.window]u16 = undefined;
+        var read: u32 = 0;
+        while (taker.count < count) {
+            while (read < count and read < taker.count + Ahead.window) : (read += 1) {
+                const head = @atomicLoad(u16, &heads[(self.last_available + read) & mask], .monotonic);
+                prefetch.forReading(@ptrCast(&self.descriptors[head & mask]));
+                heads_ahead[read % Ahead.window] = head;
+            }
+            const head = heads_ahead[taker.count % Ahead.window];
+            if (!taker.add(.load(&self.descriptors[head & mask]), head)) break;
+        }
+        self.last_available +%= @intCast(taker.count);
+        self.expectPush(ring, taker.count);
+    }
+
+    /// The last `count` of those are available again.
+    pub inline fn untakeSingles(self: *Split, _: *const Ring, count: u32) void {
+        self.last_available -%= @intCast(count);
+    }
+
     /// So many requests will be used: the elements for them are wanted here.
     inline fn expectPush(self: *const Split, ring: *const Ring, count: u32) void {
         const in_line = 64 / @sizeOf(UsedElement);
