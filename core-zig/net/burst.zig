@@ -443,4 +443,5 @@ test {
     _ = headers;
     _ = checksum;
     _ = @import("burst_test.zig");
+    _ = @import("singles_test.zig");
 }

@@ -18,19 +18,19 @@ const write = fake_guest.write;
 const buffer_size = 16 + layout.net_frame_maximum;
 
 /// The caller's side: a buffer with room for one longest frame.
-const Caller = struct {
+pub const Caller = struct {
     scratch: [8192 + 16 + 512]u32 = undefined,
     frames: [64]layout.Frame = undefined,
     buffer: [buffer_size]u8 align(16) = undefined,
     counts: layout.NetCounts = std.mem.zeroes(layout.NetCounts),
 
-    fn create() !*Caller {
+    pub fn create() !*Caller {
         const self = try std.testing.allocator.create(Caller);
         self.* = .{};
         return self;
     }
 
-    fn destroy(self: *Caller) void {
+    pub fn destroy(self: *Caller) void {
         std.testing.allocator.destroy(self);
     }
 
@@ -38,17 +38,17 @@ const Caller = struct {
         return @as(*layout.NetProgress, @ptrCast(&self.scratch)).*;
     }
 
-    fn receive(self: *Caller, guest: *Guest, max: u32, flags: u32) !layout.NetProgress {
+    pub fn receive(self: *Caller, guest: *Guest, max: u32, flags: u32) !layout.NetProgress {
         try expectEqual(0, burst.receive(guest.ring, &self.scratch, self.scratch.len, &self.frames, max, &self.buffer, buffer_size, flags, &self.counts));
         return self.progress();
     }
 
-    fn send(self: *Caller, guest: *Guest, count: u32, flags: u32) !layout.NetProgress {
+    pub fn send(self: *Caller, guest: *Guest, count: u32, flags: u32) !layout.NetProgress {
         try expectEqual(0, burst.send(guest.ring, &self.scratch, self.scratch.len, &self.frames, 0, count, &self.buffer, buffer_size, flags, &self.counts));
         return self.progress();
     }
 
-    fn frame(self: *Caller, index: u32) []u8 {
+    pub fn frame(self: *Caller, index: u32) []u8 {
         return self.buffer[self.frames[index].offset..][0..self.frames[index].length];
     }
 
@@ -57,7 +57,7 @@ const Caller = struct {
     }
 
     /// A frame to send: `length` bytes of `value`.
-    fn put(self: *Caller, index: u32, offset: u32, length: u32, value: u8) void {
+    pub fn put(self: *Caller, index: u32, offset: u32, length: u32, value: u8) void {
         self.frames[index] = .{ .offset = offset, .length = length };
         @memset(self.buffer[offset - 12 ..][0..12], 0);
         @memset(self.buffer[offset..][0..length], value);
@@ -65,7 +65,7 @@ const Caller = struct {
 };
 
 /// Offers a transmit chain: header and frame, cut where `parts` say.
-fn offerFrame(guest: *Guest, first: u16, header: Header, bytes: []const u8, parts: []const u32) void {
+pub fn offerFrame(guest: *Guest, first: u16, header: Header, bytes: []const u8, parts: []const u32) void {
     const place = Guest.buffers + @as(u64, first) * 2048;
     var encoded: [12]u8 = undefined;
     header.store(&encoded);
@@ -143,7 +143,7 @@ test "what does not fit the buffer stays in the ring for the next burst" {
 }
 
 /// Receive chains of one descriptor each.
-fn offerBuffers(guest: *Guest, first: u16, sizes: []const u32) void {
+pub fn offerBuffers(guest: *Guest, first: u16, sizes: []const u32) void {
     for (sizes, 0..) |size, i| {
         const index: u16 = first + @as(u16, @intCast(i));
         guest.describe(Guest.descriptors, index, Guest.buffers + @as(u64, index) * 2048, size, write, 0);
