@@ -32,14 +32,19 @@ class Blocking {
     return () => this.#queues.delete(needsJavaScript);
   }
 
+  /** Whether a queue cannot go on without the event loop. */
+  get isJavaScriptNeeded(): boolean {
+    if (this.#immediates > 0) return true;
+    for (const needsJavaScript of this.#queues) {
+      if (needsJavaScript()) return true;
+    }
+    return false;
+  }
+
   /** Whether the isolate may block now. */
   get isAllowed(): boolean {
-    if (this.permit === undefined || this.#immediates > 0) return false;
-    if (!this.permit(this.#queues.size)) return false;
-    for (const needsJavaScript of this.#queues) {
-      if (needsJavaScript()) return false;
-    }
-    return true;
+    return this.permit !== undefined && this.permit(this.#queues.size) &&
+      !this.isJavaScriptNeeded;
   }
 }
 

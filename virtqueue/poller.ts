@@ -2,7 +2,8 @@
  * Gives the queues of an isolate their turns.
  *
  * After its last work a queue is looked at for a short time without kicks,
- * with the event loop between the looks. Then kicks are wanted again, and for
+ * with the event loop now and then between the looks, and between all of them
+ * while a request waits for JavaScript. Then kicks are wanted again, and for
  * another short time they, finished file I/O and sockets are waited for
  * natively, in slices that the event loop does not notice: that saves the way
  * through the native thread and the socket pair, which takes longer than most
@@ -38,7 +39,12 @@ const lingerMs = 0.5;
 const blockMicroseconds = 100_000;
 const blockLingerMs = 1000;
 /** An isolate that may block gives the event loop a turn after so long. */
-const sliceMs = 10;
+const blockSliceMs = 10;
+/**
+ * One that may not, after so long while there is work: a turn of the event loop
+ * costs as much as some dozens of requests.
+ */
+const sliceMs = 0.1;
 /** It looks for kicks and messages once in so many rounds of looking at rings. */
 const roundsPerDrain = 16;
 
@@ -97,8 +103,9 @@ function look(): boolean {
     if (active.size > 0) {
       // Nobody wakes the isolate if it is still quiet, and a queue that is
       // always busy must not keep kicks and messages out.
-      if (!isBlocking || round % roundsPerDrain === 0) drain();
-      if (!isBlocking || now - begin > sliceMs) return true;
+      if (round % roundsPerDrain === (isBlocking ? 0 : 1)) drain();
+      if (now - begin > (isBlocking ? blockSliceMs : sliceMs)) return true;
+      if (!isBlocking && blocking.isJavaScriptNeeded) return true;
       continue;
     }
     eventLoop.setQuiet(true);
@@ -107,7 +114,7 @@ function look(): boolean {
     callSoon();
     const after = performance.now();
     if (hadEvent) lastEvent = after;
-    if (!isBlocking || !hadEvent || after - begin > sliceMs) {
+    if (!isBlocking || !hadEvent || after - begin > blockSliceMs) {
       return after - lastEvent < (isBlocking ? blockLingerMs : lingerMs);
     }
   }
