@@ -20,7 +20,7 @@ import {
   brokenReason,
   createRing,
   lastAvailable,
-} from "../../virtqueue/virtqueue.ts";
+} from "../../virtqueue/ring.ts";
 import { type Frames, sharedFrames } from "./frames.ts";
 import { droppedCounter } from "./statistics.ts";
 
