@@ -18,9 +18,9 @@ import {
   ProtocolFeature,
   VirtioFeature,
 } from "../protocol/features.ts";
-import { BackendRequest } from "../protocol/backend_request.ts";
 import type { BackendChannel, Connection } from "../transports/transport.ts";
 import { BackendRequests } from "./backend_requests.ts";
+import { ConfigChanges } from "./config_changes.ts";
 import { Device } from "./device.ts";
 import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
@@ -86,6 +86,7 @@ export class Session {
   readonly #inbox: Inbox;
   readonly inBand: InBandNotifications = new InBandNotifications(this);
   readonly queues: Queues = new Queues(this);
+  readonly #configChanges = new ConfigChanges(this);
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
@@ -314,6 +315,7 @@ export class Session {
     }
     if (this.deviceState.isTransferring || this.postcopy.isAckDue) return;
     await this.queues.startReady();
+    this.#configChanges.settle();
   }
 
   /**
@@ -347,12 +349,6 @@ export class Session {
   }
 
   configChanged(): void {
-    if (
-      !hasFeature(this.ackedProtocolFeatures, ProtocolFeature.CONFIG) ||
-      !hasFeature(this.ackedProtocolFeatures, ProtocolFeature.BACKEND_REQ)
-    ) return;
-    this.backendChannel
-      ?.request(BackendRequest.BACKEND_CONFIG_CHANGE_MSG, new Uint8Array(0))
-      .catch((error) => this.report(error));
+    this.#configChanges.changed();
   }
 }
