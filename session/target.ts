@@ -152,11 +152,20 @@ export class Target {
   #pool: WorkerPool | undefined;
   #transport: Transport | undefined;
   #unregistered: Promise<void> | undefined;
+  /**
+   * Fulfilled when the target has ended: all devices are destroyed, and its
+   * address is free. That is after `unregister`, or when it can have no other
+   * front-end and the last one has gone (`reconnect: false`, an inherited
+   * connection).
+   */
+  readonly closed: Promise<void>;
+  #setClosed: () => void = () => {};
 
   /** Use `registerTarget`. */
   constructor(options: TargetOptions, name: string) {
     this.name = name;
     this.#options = options;
+    this.closed = new Promise((resolve) => this.#setClosed = resolve);
     this.#features = (options.features ?? 0n) |
       featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES) |
       (isLogged(options) ? featureMask(VirtioFeature.LOG_ALL) : 0n);
@@ -194,6 +203,7 @@ export class Target {
         queueCount: this.#options.queueCount ?? 1,
         connected: (connection) => this.#serve(connection),
         failed: (error) => this.#report(error, null),
+        ended: () => this.#end(),
       });
       // Not later than need be: a front-end may be there already.
       this.#transport = opened instanceof Promise ? await opened : opened;
@@ -279,6 +289,10 @@ export class Target {
         ),
       );
     }
+    return this.#end();
+  }
+
+  #end(): Promise<void> {
     this.#unregistered ??= this.#close();
     return this.#unregistered;
   }
@@ -293,6 +307,7 @@ export class Target {
     await this.#pool?.close();
     registered.delete(this.name);
     eventLoop.unref();
+    this.#setClosed();
   }
 
   /** `await using target = await registerTarget(...)` unregisters it. */
