@@ -82,8 +82,10 @@ export interface DeviceOptions {
    * target of that thread: where other guests must not wait for the network of
    * this one, give it a process of its own. Nothing in this process is needed
    * for the page to come; the front-end must be another process. When it dies
-   * first, the sleepers wake up, the memory is revoked and the device ends; a
-   * front-end that lives and never fills the page is waited for.
+   * first, the sleepers wake up, the memory is revoked and the device ends. A
+   * front-end that lives and never fills the page is waited for, until the
+   * target is unregistered (by another thread than the sleeper: with `workers`)
+   * or SIGINT or SIGTERM comes, which is handled within half a second.
    *
    * `registerTarget` throws SYSTEM, with the reason, where the kernel refuses
    * a userfaultfd that covers system calls: it takes CAP_SYS_PTRACE, access to
