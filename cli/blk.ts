@@ -16,12 +16,7 @@ import {
 import type { Vhost2Error } from "../ffi/errors.ts";
 import { registerTarget, type Target } from "../mod.ts";
 import type { BlkArguments } from "./arguments.ts";
-import {
-  deferred,
-  describeSocket,
-  isConnected,
-  stopSignal,
-} from "./serving.ts";
+import { describeSocket, stopSignal } from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
 export const capabilities = {
@@ -53,13 +48,11 @@ export function formatSize(size: number): string {
   return `${size} bytes`;
 }
 
-function readyLine(options: BlkArguments, disk: Blk): string {
-  const { address, source, numQueues } = options;
+function readyLine(socket: string, options: BlkArguments, disk: Blk): string {
+  const { source, numQueues } = options;
   const what = source.kind === "file" ? source.path : source.kind;
   const queues = numQueues === 1 ? "1 queue" : `${numQueues} queues`;
-  return `vhost2: ${describeSocket(address, options.isConnecting)} (${
-    formatSize(disk.size)
-  }, ${what}, ${queues})`;
+  return `vhost2: ${socket} (${formatSize(disk.size)}, ${what}, ${queues})`;
 }
 
 /**
@@ -69,7 +62,7 @@ function readyLine(options: BlkArguments, disk: Blk): string {
  * @throws Vhost2Error when it cannot be served
  */
 export async function serveBlk(options: BlkArguments): Promise<void> {
-  const endsWithConnection = isConnected(options.address);
+  const socket = describeSocket(options.address, options.isConnecting);
   const backing = openBacking(options);
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
@@ -85,7 +78,6 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       onError: report,
     });
     const { device, features, protocolFeatures, queueCount } = disk;
-    const { promise: ended, resolve: end } = deferred();
     target = await registerTarget({
       transport: "vhost-user",
       address: options.address,
@@ -96,23 +88,15 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       postcopy: options.hasPostcopy,
       workers: options.workers,
       pollMicroseconds: options.pollMicroseconds,
-      device: {
-        ...device,
-        create(connected) {
-          if (endsWithConnection) {
-            connected.signal.addEventListener("abort", end);
-          }
-          return device.create(connected);
-        },
-      },
+      device,
       onError: report,
       trace: options.isVerbose
         ? (line) => process.stderr.write(`${line}\n`)
         : undefined,
     });
     const stopped = stopSignal();
-    console.log(readyLine(options, disk));
-    await Promise.race([stopped, ended]);
+    console.log(readyLine(socket, options, disk));
+    await Promise.race([stopped, target.closed]);
   } finally {
     await target?.unregister();
     await (disk ?? backing).close();

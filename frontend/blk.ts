@@ -7,12 +7,12 @@
 import { Vhost2Error } from "../ffi/errors.ts";
 import { BlkFeature } from "../protocol/blk.ts";
 import { featureMask, hasFeature } from "../protocol/features.ts";
+import { VhostUserDevice } from "./device.ts";
 import {
   type RingFormatOptions,
   supportedFeatures,
-  VhostUserDevice,
   type VhostUserDeviceOptions,
-} from "./device.ts";
+} from "./negotiation.ts";
 import type { QueueDriver } from "../driver/queue_driver.ts";
 
 export { BlkFeature };

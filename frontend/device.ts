@@ -7,7 +7,6 @@
 
 import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
-import { gpa, ringAddress } from "../protocol/address.ts";
 import {
   featureMask,
   hasFeature,
@@ -16,21 +15,33 @@ import {
 } from "../protocol/features.ts";
 import type { BackendMessage } from "../protocol/backend_request.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
-import { VRING_FLAG_LOG, type VringAddress } from "../protocol/payloads.ts";
-import { FrontendConnection, type InflightWithFile } from "./connection.ts";
-import { DirtyLog } from "./dirty_log.ts";
+import type { VringAddress } from "../protocol/payloads.ts";
 import {
-  GuestRam,
-  type RamRegion,
-  type RamRegionOptions,
-} from "../driver/guest_ram.ts";
+  FrontendConnection,
+  type InflightWithFile,
+  type RequestOptions,
+} from "./connection.ts";
+import {
+  type Acks,
+  DeviceQueues,
+  type StartQueueOptions,
+  type StopQueueOptions,
+} from "./device_queues.ts";
+import { DirtyLog } from "./dirty_log.ts";
+import { GuestRam, type RamRegion } from "../driver/guest_ram.ts";
 import { PackedDriver } from "../driver/packed_driver.ts";
 import type {
   QueueDriver,
   QueueDriverOptions,
 } from "../driver/queue_driver.ts";
 import { SplitDriver } from "../driver/split_driver.ts";
-import { Iommu, type IommuOptions } from "./iommu.ts";
+import { Iommu } from "./iommu.ts";
+import {
+  negotiate,
+  type Negotiated,
+  type RingFormatOptions,
+  type VhostUserDeviceOptions,
+} from "./negotiation.ts";
 
 /** Bits of the device status (VIRTIO 1.3 section 2.1). */
 export const DeviceStatus = {
@@ -39,83 +50,6 @@ export const DeviceStatus = {
   DRIVER_OK: 4,
   FEATURES_OK: 8,
 } as const;
-
-/** Protocol features that this front-end knows how to use. */
-export const supportedProtocolFeatures: bigint = featureMask(
-  Protocol.MQ,
-  Protocol.LOG_SHMFD,
-  Protocol.REPLY_ACK,
-  Protocol.BACKEND_REQ,
-  Protocol.CONFIG,
-  Protocol.RESET_DEVICE,
-  Protocol.CONFIGURE_MEM_SLOTS,
-  Protocol.STATUS,
-);
-
-/** What `recovers` adds to them. */
-const inflightFeatures = featureMask(
-  Protocol.INFLIGHT_SHMFD,
-  Protocol.GET_VRING_BASE_INFLIGHT,
-  Protocol.GET_VRING_BASE_SKIP_DRAIN,
-);
-
-/** Virtio features of the transport and the ring that it knows. */
-export const supportedFeatures: bigint = featureMask(
-  VirtioFeature.RING_INDIRECT_DESC,
-  VirtioFeature.RING_EVENT_IDX,
-  VirtioFeature.IN_ORDER,
-  VirtioFeature.PROTOCOL_FEATURES,
-  VirtioFeature.VERSION_1,
-);
-
-/** How a device is opened. */
-export interface VhostUserDeviceOptions {
-  /** Path of the back-end's socket. */
-  readonly path?: string;
-  /** A connected socket, instead of a path; the device owns it then. */
-  readonly fd?: number;
-  /**
-   * Features wanted, those of the device type included; of them, those that
-   * are offered are acked. {@linkcode supportedFeatures} unless given.
-   * RING_PACKED is a matter of `packed`, ACCESS_PLATFORM of `iommu`, whatever is
-   * said here.
-   */
-  readonly features?: bigint;
-  /** The same for {@linkcode supportedProtocolFeatures}. */
-  readonly protocolFeatures?: bigint;
-  /** 1 unless given. */
-  readonly queueCount?: number;
-  /** Descriptors per queue; 128 unless given. */
-  readonly queueSize?: number;
-  /** Bytes of guest memory, in one region; 64 MiB unless given. */
-  readonly ramSize?: number;
-  /** The regions of guest memory, instead of its size. */
-  readonly regions?: readonly RamRegionOptions[];
-  /** Guest memory that exists and stays the caller's. */
-  readonly ram?: GuestRam;
-  /** Asks for acks wherever it can, not only where QEMU does. */
-  readonly acksAll?: boolean;
-  /**
-   * An IOMMU between the device and the memory: ACCESS_PLATFORM, which the
-   * device must offer. `true` makes one.
-   */
-  readonly iommu?: boolean | IommuOptions;
-  /** Starts and enables all queues; true unless given. */
-  readonly start?: boolean;
-  /** Whether the drivers watch their calls; true unless given. */
-  readonly usesCalls?: boolean;
-  /**
-   * Has the back-end track requests in an inflight region, so that `reconnect`
-   * loses none of them; the device must offer INFLIGHT_SHMFD.
-   */
-  readonly recovers?: boolean;
-}
-
-/** Which format the rings have. */
-export interface RingFormatOptions {
-  /** Packed rings, which the device must offer; split ones unless given. */
-  readonly packed: boolean;
-}
 
 /** What is logged. */
 export interface LogOptions {
@@ -127,25 +61,6 @@ export interface LogOptions {
   readonly offset?: number;
 }
 
-/** How one queue is stopped. */
-export interface StopQueueOptions {
-  /**
-   * Stops at once by GET_VRING_BASE_SKIP_DRAIN: what is in flight stays so, and
-   * is resubmitted when the queue is started again.
-   */
-  readonly skipDrain?: boolean;
-}
-
-/** How one queue is started. */
-export interface StartQueueOptions {
-  /** Where to go on; where the last stop ended unless given. */
-  readonly base?: number;
-  /** Also enables it, where PROTOCOL_FEATURES is acked; true unless given. */
-  readonly enable?: boolean;
-  /** No kick descriptor: the back-end is to poll; false unless given. */
-  readonly polled?: boolean;
-}
-
 /** An open device; its rings are split unless it was opened otherwise. */
 export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly ram: GuestRam;
@@ -155,24 +70,18 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly protocolFeatures: bigint;
   /** What GET_QUEUE_NUM said; 1 without MQ. */
   readonly maxQueueCount: number;
-  readonly #queues: Driver[] = [];
-  /** By queue index. */
-  readonly queues: readonly Driver[] = this.#queues;
+  readonly #queues: DeviceQueues<Driver>;
   /** Where it was opened with one. */
   readonly iommu: Iommu | undefined;
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
-  readonly #makeDriver: (queueSize: number) => Driver;
   #connection: FrontendConnection;
   #inflight: InflightWithFile | null = null;
   readonly #options: VhostUserDeviceOptions & RingFormatOptions;
   readonly #ownsRam: boolean;
-  readonly #acksAll: boolean;
-  readonly #bases: number[];
+  readonly #acks: Acks;
   #log: DirtyLog | undefined;
   #logsBuffers = false;
-  #logsRings = false;
-  readonly #started = new Set<number>();
   /** What the back-end has by ADD_MEM_REG. */
   readonly #sentRegions = new Set<RamRegion>();
 
@@ -194,7 +103,11 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.features = negotiated.features;
     this.protocolFeatures = negotiated.protocolFeatures;
     this.maxQueueCount = negotiated.maxQueueCount;
-    this.#acksAll = options.acksAll ?? false;
+    const acks = hasFeature(this.protocolFeatures, Protocol.REPLY_ACK);
+    this.#acks = {
+      usual: { ack: acks },
+      other: { ack: acks && (options.acksAll ?? false) },
+    };
     this.#ownsRam = options.ram === undefined;
     this.ram = options.ram ??
       new GuestRam(options.regions ?? [{ size: options.ramSize ?? 64 << 20 }]);
@@ -203,22 +116,25 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       this.iommu = new Iommu(this.ram, iommu === true ? {} : iommu);
       this.#connectIommu(connection);
     }
-    this.#makeDriver = (queueSize) =>
-      makeDriver(this.ram, {
-        queueSize,
-        features: this.features,
-        usesCalls: options.usesCalls,
-        iommu: this.iommu,
-      });
+    this.#queues = new DeviceQueues(
+      this,
+      this.#acks,
+      (queueSize) =>
+        makeDriver(this.ram, {
+          queueSize,
+          features: this.features,
+          usesCalls: options.usesCalls,
+          iommu: this.iommu,
+        }),
+    );
     try {
       for (let index = 0; index < queueCount; index++) {
-        this.#queues.push(this.#makeDriver(options.queueSize ?? 128));
+        this.#queues.add(options.queueSize ?? 128);
       }
     } catch (error) {
       this.#free();
       throw error;
     }
-    this.#bases = this.queues.map(({ firstBase }) => firstBase);
     connection.onBackendRequest = (message) => this.#backendRequest(message);
   }
 
@@ -277,19 +193,14 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     return this.#inflight;
   }
 
-  /** Whether acks are asked for on messages where QEMU does. */
-  get #ack(): { ack: boolean } {
-    return { ack: hasFeature(this.protocolFeatures, Protocol.REPLY_ACK) };
-  }
-
-  /** The same on messages where QEMU does not. */
-  get #ackOfAll(): { ack: boolean } {
-    return { ack: this.#acksAll && this.#ack.ack };
+  /** By queue index. */
+  get queues(): readonly Driver[] {
+    return this.#queues.drivers;
   }
 
   /** Whether the queue was started and not stopped since. */
   isStarted(index: number): boolean {
-    return this.#started.has(index);
+    return this.#queues.started.has(index);
   }
 
   /** Sends features and memory, starts and enables all queues. */
@@ -306,12 +217,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /** Sends features and memory; then queues can be started singly. */
   async activate(): Promise<void> {
-    await this.#sendFeatures(this.#ackOfAll);
+    await this.#sendFeatures(this.#acks.other);
     if (hasFeature(this.protocolFeatures, Protocol.INFLIGHT_SHMFD)) {
       const { length } = this.queues;
       const { queueSize } = this.queues[0];
       this.#inflight ??= await this.connection.getInflightFd(length, queueSize);
-      await this.connection.setInflightFd(this.#inflight, this.#ackOfAll);
+      await this.connection.setInflightFd(this.#inflight, this.#acks.other);
     }
     await this.setStatusBits(
       DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK,
@@ -326,7 +237,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   async sendMemory(): Promise<void> {
     const { regions } = this.ram;
     if (!hasFeature(this.protocolFeatures, Protocol.CONFIGURE_MEM_SLOTS)) {
-      await this.connection.setMemTable(regions, this.#ack);
+      await this.connection.setMemTable(regions, this.#acks.usual);
       return;
     }
     for (const region of [...this.#sentRegions]) {
@@ -339,13 +250,13 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /** ADD_MEM_REG for a region of `ram`. */
   async addRegion(region: RamRegion): Promise<void> {
-    await this.connection.addMemRegion(region, this.#ack);
+    await this.connection.addMemRegion(region, this.#acks.usual);
     this.#sentRegions.add(region);
   }
 
   /** REM_MEM_REG for a region of `ram`, which stays open here. */
   async removeRegion(region: RamRegion): Promise<void> {
-    await this.connection.removeMemRegion(region, this.#ack);
+    await this.connection.removeMemRegion(region, this.#acks.usual);
     this.#sentRegions.delete(region);
   }
 
@@ -389,38 +300,18 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.#connectIommu(this.connection);
     await this.#prepare();
     await this.activate();
-    const started = [...this.#started];
-    for (const index of started) {
-      const driver = this.queues[index];
-      // As QEMU does. It is right without a region where the back-end completes
-      // in order; a packed ring's base is known to nobody but the region.
-      const base = driver instanceof SplitDriver
-        ? driver.usedIndex
-        : this.#bases[index];
-      await this.startQueue(index, { base });
+    await this.#queues.startAgain();
+    if (this.#queues.started.size > 0) {
+      await this.setStatusBits(DeviceStatus.DRIVER_OK);
     }
-    if (started.length > 0) await this.setStatusBits(DeviceStatus.DRIVER_OK);
   }
 
   /** The ring's parts as SET_VRING_ADDR carries them. */
   vringAddress(index: number): VringAddress {
-    const { descriptor, available, used } = this.queues[index].deviceAddresses;
-    const isDirect = this.iommu !== undefined ||
-      hasFeature(this.protocolFeatures, Protocol.GPA_ADDRESSES);
-    const address = (value: bigint) =>
-      ringAddress(isDirect ? value : this.ram.toUva(value));
-    return {
-      index,
-      flags: this.#logsRings ? VRING_FLAG_LOG : 0,
-      descriptor: address(descriptor),
-      used: address(used),
-      available: address(available),
-      // As QEMU does: there even when nothing is logged.
-      log: gpa(this.queues[index].ring.addresses.used),
-    };
+    return this.#queues.address(index);
   }
 
-  #sendFeatures(options: { ack: boolean }): Promise<void> {
+  #sendFeatures(options: RequestOptions): Promise<void> {
     const logAll = featureMask(VirtioFeature.LOG_ALL);
     return this.connection.setFeatures(
       this.features | (this.#logsBuffers ? logAll : 0n),
@@ -471,10 +362,13 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   /** SET_FEATURES and SET_VRING_ADDR, as QEMU toggles logging. */
   async #setLogging(buffers: boolean, rings: boolean): Promise<void> {
     this.#logsBuffers = buffers;
-    this.#logsRings = rings;
-    await this.#sendFeatures(this.#ack);
-    for (const index of this.#started) {
-      await this.connection.setVringAddr(this.vringAddress(index), this.#ack);
+    this.#queues.isLogged = rings;
+    await this.#sendFeatures(this.#acks.usual);
+    for (const index of this.#queues.started) {
+      await this.connection.setVringAddr(
+        this.vringAddress(index),
+        this.#acks.usual,
+      );
     }
   }
 
@@ -483,27 +377,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     index: number,
     options: StartQueueOptions = {},
   ): Promise<void> {
-    const { connection } = this;
-    const driver = this.queues[index];
-    const base = options.base ?? this.#bases[index];
-    const ack = this.#ackOfAll;
-    await connection.setVringNum(index, driver.queueSize, ack);
-    await connection.setVringBase(index, base, ack);
-    await connection.setVringAddr(this.vringAddress(index), ack);
-    // Before the kick, which starts the queue: a call for what was left in the
-    // ring must not be lost.
-    await connection.setVringCall(index, driver.callFd, ack);
-    const isPolled = options.polled ?? false;
-    await connection.setVringKick(index, isPolled ? null : driver.kickFd, ack);
-    this.#started.add(index);
-    if (options.enable ?? true) await this.enableQueue(index, true);
-    if (!isPolled) driver.kick();
+    await this.#queues.start(index, options);
   }
 
   /** SET_VRING_ENABLE, where PROTOCOL_FEATURES is acked; else nothing. */
   async enableQueue(index: number, isEnabled: boolean): Promise<void> {
-    if (!hasFeature(this.features, VirtioFeature.PROTOCOL_FEATURES)) return;
-    await this.connection.setVringEnable(index, isEnabled, this.#ack);
+    await this.#queues.enable(index, isEnabled);
   }
 
   /**
@@ -514,16 +393,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     index: number,
     options: StopQueueOptions = {},
   ): Promise<number> {
-    const { connection } = this;
-    await this.enableQueue(index, false);
-    const base = options.skipDrain
-      ? await connection.skipDrain(index)
-      : await connection.getVringBase(index);
-    this.#started.delete(index);
-    this.#bases[index] = base;
-    // What was completed last may have come without a call.
-    this.queues[index].poll();
-    return base;
+    return await this.#queues.stop(index, options);
   }
 
   /**
@@ -536,18 +406,12 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     index: number,
     options: { readonly queueSize?: number } = {},
   ): Promise<Driver> {
-    if (this.isStarted(index)) await this.stopQueue(index);
-    const old = this.queues[index];
-    const driver = this.#makeDriver(options.queueSize ?? old.queueSize);
-    this.#queues[index] = driver;
-    this.#bases[index] = driver.firstBase;
-    old.close();
-    return driver;
+    return await this.#queues.replace(index, options.queueSize);
   }
 
   /** Stops all started queues. */
   async stop(): Promise<void> {
-    for (const index of [...this.#started]) await this.stopQueue(index);
+    await this.#queues.stopAll();
   }
 
   /** Bytes of configuration space. */
@@ -557,30 +421,27 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   /** Writes configuration space, as the driver does. */
   async setConfig(offset: number, data: Uint8Array): Promise<void> {
-    await this.connection.setConfig(offset, data, this.#ack);
+    await this.connection.setConfig(offset, data, this.#acks.usual);
   }
 
   /** Sets bits of the device status, where STATUS is negotiated. */
   async setStatusBits(bits: number): Promise<void> {
     if (!hasFeature(this.protocolFeatures, Protocol.STATUS)) return;
     const status = await this.connection.getStatus();
-    await this.connection.setStatus(status | bits, this.#ackOfAll);
+    await this.connection.setStatus(status | bits, this.#acks.other);
   }
 
   /** A reset by the guest: queues stop, rings and status are as at the start. */
   async reset(): Promise<void> {
     await this.stop();
     if (hasFeature(this.protocolFeatures, Protocol.STATUS)) {
-      await this.connection.setStatus(0, this.#ackOfAll);
+      await this.connection.setStatus(0, this.#acks.other);
     }
     if (hasFeature(this.protocolFeatures, Protocol.RESET_DEVICE)) {
-      await this.connection.resetDevice(this.#ack);
+      await this.connection.resetDevice(this.#acks.usual);
     }
     this.#dropInflight();
-    this.queues.forEach((driver, index) => {
-      driver.reset();
-      this.#bases[index] = driver.firstBase;
-    });
+    this.#queues.reset();
   }
 
   /**
@@ -607,13 +468,13 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   async #prepare(): Promise<void> {
     const { connection } = this;
     if (hasFeature(this.protocolFeatures, Protocol.BACKEND_REQ)) {
-      await connection.setBackendChannel(this.#ack);
+      await connection.setBackendChannel(this.#acks.usual);
     }
-    await connection.setOwner(this.#ackOfAll);
+    await connection.setOwner(this.#acks.other);
     await connection.getFeatures();
     for (let index = 0; index < this.queues.length; index++) {
       const { callFd } = this.queues[index];
-      await connection.setVringCall(index, callFd, this.#ackOfAll);
+      await connection.setVringCall(index, callFd, this.#acks.other);
     }
   }
 
@@ -639,69 +500,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
 
   #free(): void {
     this.#dropInflight();
-    for (const driver of this.queues) driver.close();
+    this.#queues.close();
     this.#log?.close();
     if (this.#ownsRam) this.ram.close();
   }
-}
-
-interface Negotiated {
-  readonly features: bigint;
-  readonly protocolFeatures: bigint;
-  readonly maxQueueCount: number;
-}
-
-async function negotiate(
-  connection: FrontendConnection,
-  options: VhostUserDeviceOptions & Partial<RingFormatOptions>,
-): Promise<Negotiated> {
-  const offered = await connection.getFeatures();
-  const packed = featureMask(VirtioFeature.RING_PACKED);
-  if (options.packed && (offered & packed) === 0n) {
-    throw new Vhost2Error(
-      "OPTION",
-      "Cannot use packed rings: the device does not offer RING_PACKED",
-    );
-  }
-  const platform = featureMask(VirtioFeature.ACCESS_PLATFORM);
-  if (options.iommu && (offered & platform) === 0n) {
-    throw new Vhost2Error(
-      "OPTION",
-      "Cannot use an IOMMU: the device does not offer ACCESS_PLATFORM",
-    );
-  }
-  // The log toggles LOG_ALL.
-  const never = packed | platform | featureMask(VirtioFeature.LOG_ALL);
-  const features = offered &
-    ((options.features ?? supportedFeatures) & ~never |
-      (options.packed ? packed : 0n) | (options.iommu ? platform : 0n));
-  let protocolFeatures = 0n;
-  if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
-    const inflight = options.recovers ? inflightFeatures : 0n;
-    const offered = await connection.getProtocolFeatures();
-    if (options.recovers && !hasFeature(offered, Protocol.INFLIGHT_SHMFD)) {
-      throw new Vhost2Error(
-        "OPTION",
-        "Cannot recover requests: the device does not offer INFLIGHT_SHMFD",
-      );
-    }
-    protocolFeatures = offered &
-      ((options.protocolFeatures ?? supportedProtocolFeatures) | inflight);
-    const ack = options.acksAll === true &&
-      hasFeature(protocolFeatures, Protocol.REPLY_ACK);
-    await connection.setProtocolFeatures(protocolFeatures, { ack });
-  }
-  if (options.iommu && !hasFeature(protocolFeatures, Protocol.BACKEND_REQ)) {
-    throw new Vhost2Error(
-      "OPTION",
-      "Cannot use an IOMMU: without BACKEND_REQ the device cannot ask for translations",
-    );
-  }
-  const maxQueueCount = hasFeature(protocolFeatures, Protocol.MQ)
-    ? await connection.getQueueNum()
-    : options.queueCount ?? 1;
-  if (hasFeature(protocolFeatures, Protocol.CONFIGURE_MEM_SLOTS)) {
-    await connection.getMaxMemSlots();
-  }
-  return { features, protocolFeatures, maxQueueCount };
 }

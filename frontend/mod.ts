@@ -13,6 +13,13 @@ export * from "./net.ts";
 
 // Any device.
 export * from "./device.ts";
+export type { StartQueueOptions, StopQueueOptions } from "./device_queues.ts";
+export {
+  type RingFormatOptions,
+  supportedFeatures,
+  supportedProtocolFeatures,
+  type VhostUserDeviceOptions,
+} from "./negotiation.ts";
 
 // Its parts: memory, the driver's side of a ring, messages.
 export * from "../driver/guest_ram.ts";

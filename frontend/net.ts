@@ -11,13 +11,13 @@ import {
   ProtocolFeature,
 } from "../protocol/features.ts";
 import { NetFeature } from "../protocol/net.ts";
+import { VhostUserDevice } from "./device.ts";
 import {
   type RingFormatOptions,
   supportedFeatures,
   supportedProtocolFeatures,
-  VhostUserDevice,
   type VhostUserDeviceOptions,
-} from "./device.ts";
+} from "./negotiation.ts";
 import type { QueueDriver } from "../driver/queue_driver.ts";
 
 export { NetFeature };

@@ -247,7 +247,8 @@ export class Device {
   /**
    * Tells the driver that configuration space has changed; it then reads it
    * (`getConfig`). Never blocks; does nothing where the front-end cannot be
-   * told.
+   * told. However often it is called, at most one message more is sent than the
+   * front-end has read; while all queues are stopped it waits for a start.
    */
   configChanged(): void {
     this.#session.configChanged();

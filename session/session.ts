@@ -1,6 +1,7 @@
 /**
- * One front-end's session: its state, the loop that takes its messages one by
- * one, and the starting and stopping of its queues.
+ * One front-end's session: its state, from its beginning to its end, and the
+ * loop that takes its messages one by one. The queues are next door
+ * (`queues.ts`).
  *
  * Everything here happens in one asynchronous function, `run`: a message is
  * handled to its end, ops included, before the next is taken, so no state can
@@ -13,15 +14,13 @@ import { GuestMemory } from "../ffi/guest_memory.ts";
 import type { Access } from "../ffi/iotlb.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
 import {
-  featureMask,
   hasFeature,
   ProtocolFeature,
   VirtioFeature,
 } from "../protocol/features.ts";
-import { BackendRequest } from "../protocol/backend_request.ts";
-import { VRING_FLAG_LOG } from "../protocol/payloads.ts";
 import type { BackendChannel, Connection } from "../transports/transport.ts";
 import { BackendRequests } from "./backend_requests.ts";
+import { ConfigChanges } from "./config_changes.ts";
 import { Device } from "./device.ts";
 import { DeviceState } from "./device_state.ts";
 import { Dispatcher } from "./dispatcher.ts";
@@ -30,8 +29,8 @@ import { InflightTracking } from "./inflight.ts";
 import { Inbox } from "./inbox.ts";
 import { offeredProtocolFeatures } from "./offered_features.ts";
 import { Postcopy } from "./postcopy.ts";
-import { Queue } from "./queue.ts";
-import { findRingAreas, movingRingAreas } from "./ring_areas.ts";
+import type { Queue } from "./queue.ts";
+import { Queues } from "./queues.ts";
 import { Sequencer } from "./sequencer.ts";
 import { SharedMemory } from "./shared_memory.ts";
 import type { TargetOps } from "./target_ops.ts";
@@ -69,8 +68,6 @@ export interface SessionOptions {
 /** After this many messages in a row the event loop gets its turn. */
 const messagesPerTurn = 32;
 
-const logAllMask = featureMask(VirtioFeature.LOG_ALL);
-
 export class Session {
   readonly options: SessionOptions;
   readonly connection: Connection;
@@ -87,7 +84,9 @@ export class Session {
   #shared: SharedArrayBuffer | undefined;
   readonly #dispatcher = new Dispatcher(this);
   readonly #inbox: Inbox;
-  readonly #inBand = new InBandNotifications(this);
+  readonly inBand: InBandNotifications = new InBandNotifications(this);
+  readonly queues: Queues = new Queues(this);
+  readonly #configChanges = new ConfigChanges(this);
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
@@ -103,8 +102,6 @@ export class Session {
   backendChannel: BackendChannel | null = null;
   /** `deviceFeaturesChanged` is owed. */
   isFeaturesChangeOwed = false;
-  /** `deviceInit` is owed before the next start. */
-  isInitOwed = true;
 
   constructor(connection: Connection, options: SessionOptions) {
     this.connection = connection;
@@ -137,7 +134,7 @@ export class Session {
           `Cannot go on with ${this.name}: the front-end took guest memory away (its file, or the dirty log's, became shorter)`,
         ),
       );
-      for (const vring of this.vrings) this.#signalError(vring);
+      this.queues.signalErrors();
       this.connection.close();
     };
   }
@@ -286,7 +283,7 @@ export class Session {
   async #destroy(): Promise<void> {
     this.#end.abort();
     // The front-end may come back: better resubmitted then than failed now.
-    await this.stopQueues(() => true, true);
+    await this.queues.stopAll(true);
     await this.sequencer.insist(
       "deviceDestroy",
       () => this.ops.deviceDestroy?.(this.device),
@@ -317,97 +314,8 @@ export class Session {
       );
     }
     if (this.deviceState.isTransferring || this.postcopy.isAckDue) return;
-    for (const vring of this.vrings) {
-      if (!vring.isReady || this.memory.state !== "ok") continue;
-      const queue = this.#makeQueue(vring);
-      if (queue === null) continue;
-      await this.#start(vring, queue);
-    }
-  }
-
-  /** The queue of a vring, or null (and an error event) if it is not mapped. */
-  #makeQueue(vring: Vring): Queue | null {
-    const addresses = vring.addresses!;
-    const place = {
-      memory: this.memory,
-      space: this.ringSpace,
-      addresses,
-      size: vring.size,
-      isPacked: this.isPacked,
-    };
-    const { space } = place;
-    const found = findRingAreas(place);
-    if (found === null) {
-      if (this.memory.regions.length > 0) this.#refuseRing(vring);
-      return null;
-    }
-    if (!("used" in found)) {
-      this.translations.wait(vring, found);
-      return null;
-    }
-    return new Queue({
-      device: this.device,
-      index: vring.index,
-      size: vring.size,
-      features: this.features & ~logAllMask,
-      addresses: { space, ...addresses },
-      isLogged: hasFeature(
-        this.ackedProtocolFeatures,
-        ProtocolFeature.LOG_SHMFD,
-      ),
-      areas: space === "iova" ? movingRingAreas(place, found) : () => found,
-      missed: (misses) => this.translations.wait(vring, misses),
-      base: vring.base ?? this.firstBase,
-      logAddress: () => {
-        const now = vring.addresses;
-        return now !== null && (now.flags & VRING_FLAG_LOG) !== 0
-          ? now.log
-          : null;
-      },
-      isPolled: vring.kick.kind === "polled",
-      isEnabled: () => vring.isEnabled,
-      memory: this.memory,
-      inflight: this.inflight.handleOf(vring.index),
-      isAnew: vring.isAnew,
-      pollMicroseconds: this.options.pollMicroseconds,
-      wires: {
-        kickFd: vring.kick.kind === "event" ? vring.kick.source.fd : null,
-        call: () =>
-          vring.call !== null
-            ? vring.call.fd ?? "session"
-            : this.#inBand.isNegotiated
-            ? "session"
-            : null,
-      },
-      setHostNotifier: (area) =>
-        this.requests.send(
-          BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG,
-          {
-            vring: {
-              index: vring.index,
-              hasDescriptor: area !== null,
-              reserved: 0n,
-            },
-            offset: BigInt(area?.offset ?? 0),
-            size: BigInt(area?.size ?? 0),
-          },
-          area === null ? [] : [area.fd],
-        ),
-      call: () => {
-        if (vring.call !== null) vring.call.signal();
-        else this.#inBand.call(vring);
-      },
-      fail: (reason, cause) => {
-        this.#signalError(vring);
-        this.report(
-          new Vhost2Error(
-            "RING",
-            `Cannot go on with queue ${vring.index} of ${this.name}: ${reason}`,
-            { cause },
-          ),
-        );
-      },
-    });
+    await this.queues.startReady();
+    this.#configChanges.settle();
   }
 
   /**
@@ -418,122 +326,6 @@ export class Session {
     if (this.translations.isActive && this.isSuspended) {
       this.translations.clear();
     }
-  }
-
-  #signalError(vring: Vring): void {
-    if (vring.error !== null) vring.error.signal();
-    else this.#inBand.error(vring);
-  }
-
-  /** Told once: it stays stopped until it, or the memory, is set up anew. */
-  #refuseRing(vring: Vring): void {
-    vring.run = { kind: "failed" };
-    this.#signalError(vring);
-    this.report(
-      new Vhost2Error(
-        "MEMORY",
-        `Cannot start queue ${vring.index} of ${this.name}: its ring of ${vring.size} descriptors is not inside one memory region`,
-      ),
-    );
-  }
-
-  async #start(vring: Vring, queue: Queue): Promise<void> {
-    if (this.isInitOwed) {
-      await this.sequencer.call(
-        "deviceInit",
-        () => this.ops.deviceInit?.(this.device),
-      );
-      this.isInitOwed = false;
-    }
-    vring.run = { kind: "starting", queue };
-    try {
-      await this.sequencer.call(
-        "queueStart",
-        () => this.ops.queueStart?.(queue),
-      );
-    } catch (error) {
-      queue.markStopped();
-      vring.run = { kind: "failed" };
-      this.translations.stopped(vring);
-      this.#signalError(vring);
-      this.report(error as Vhost2Error);
-      return;
-    }
-    vring.run = { kind: "started", queue };
-    vring.isAnew = false;
-    // Used buffers of an earlier run may never have been announced, and a kick
-    // may have come while nobody listened: both sides look once.
-    queue.call();
-    this.kick(vring);
-  }
-
-  /** A kick arrived, or may have: the user's op, if the queue has started. */
-  kick(vring: Vring): void {
-    if (vring.run.kind !== "started" || vring.run.queue.isBroken) return;
-    try {
-      this.ops.queueKick?.(vring.run.queue);
-    } catch (cause) {
-      this.report(
-        new Vhost2Error("OP", `Op queueKick of ${this.name} failed: ${cause}`, {
-          cause,
-        }),
-      );
-    }
-  }
-
-  /** Stops each started queue for which `which` holds, one after the other. */
-  async stopQueues(
-    which: (vring: Vring) => boolean,
-    leavesInFlight = false,
-  ): Promise<void> {
-    for (const vring of this.vrings) {
-      if (vring.run.kind === "started" && which(vring)) {
-        await this.stop(vring, leavesInFlight);
-      }
-    }
-  }
-
-  /**
-   * Stops one queue, if it runs, and keeps where it stopped. Requests in flight
-   * complete first, or, where there is an inflight region, may be left there.
-   */
-  async stop(vring: Vring, leavesInFlight = false): Promise<void> {
-    this.translations.stopped(vring);
-    if (vring.run.kind !== "started") return;
-    const { queue } = vring.run;
-    queue.leavesInFlight = leavesInFlight && queue.inflight !== null;
-    vring.run = { kind: "stopping", queue };
-    const isStopped = await this.sequencer.insist(
-      "queueStop",
-      () => this.ops.queueStop?.(queue),
-      (error) => this.report(error),
-    );
-    if (!isStopped) {
-      // The device cannot be trusted to keep its hands off the guest.
-      this.memory.revoke();
-      this.connection.close();
-    }
-    // Packed: two positions with their wrap counters.
-    vring.base = hasFeature(queue.features, VirtioFeature.RING_PACKED)
-      ? queue.availableIndex >>> 0
-      : queue.availableIndex & 0xffff;
-    vring.stoppedAt = vring.base;
-    queue.markStopped();
-    vring.hasLeftInFlight = queue.inflight !== null && queue.leftInFlight > 0;
-    vring.run = { kind: "stopped" };
-  }
-
-  /**
-   * Stops one queue with nothing in flight, also where an earlier stop (it was
-   * disabled) had left requests in the inflight region.
-   */
-  async drain(vring: Vring): Promise<void> {
-    await this.stop(vring);
-    if (!vring.hasLeftInFlight || !vring.isSetUp) return;
-    const queue = this.#makeQueue(vring);
-    if (queue === null || queue.inflight === null) return;
-    await this.#start(vring, queue);
-    await this.stop(vring);
   }
 
   /** For `Device.translateAsync`. */
@@ -557,12 +349,6 @@ export class Session {
   }
 
   configChanged(): void {
-    if (
-      !hasFeature(this.ackedProtocolFeatures, ProtocolFeature.CONFIG) ||
-      !hasFeature(this.ackedProtocolFeatures, ProtocolFeature.BACKEND_REQ)
-    ) return;
-    this.backendChannel
-      ?.request(BackendRequest.BACKEND_CONFIG_CHANGE_MSG, new Uint8Array(0))
-      .catch((error) => this.report(error));
+    this.#configChanges.changed();
   }
 }

@@ -82,8 +82,10 @@ export interface DeviceOptions {
    * target of that thread: where other guests must not wait for the network of
    * this one, give it a process of its own. Nothing in this process is needed
    * for the page to come; the front-end must be another process. When it dies
-   * first, the sleepers wake up, the memory is revoked and the device ends; a
-   * front-end that lives and never fills the page is waited for.
+   * first, the sleepers wake up, the memory is revoked and the device ends. A
+   * front-end that lives and never fills the page is waited for, until the
+   * target is unregistered (by another thread than the sleeper: with `workers`)
+   * or SIGINT or SIGTERM comes, which is handled within half a second.
    *
    * `registerTarget` throws SYSTEM, with the reason, where the kernel refuses
    * a userfaultfd that covers system calls: it takes CAP_SYS_PTRACE, access to
@@ -152,11 +154,20 @@ export class Target {
   #pool: WorkerPool | undefined;
   #transport: Transport | undefined;
   #unregistered: Promise<void> | undefined;
+  /**
+   * Fulfilled when the target has ended: all devices are destroyed, and its
+   * address is free. That is after `unregister`, or when it can have no other
+   * front-end and the last one has gone (`reconnect: false`, an inherited
+   * connection).
+   */
+  readonly closed: Promise<void>;
+  #setClosed: () => void = () => {};
 
   /** Use `registerTarget`. */
   constructor(options: TargetOptions, name: string) {
     this.name = name;
     this.#options = options;
+    this.closed = new Promise((resolve) => this.#setClosed = resolve);
     this.#features = (options.features ?? 0n) |
       featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES) |
       (isLogged(options) ? featureMask(VirtioFeature.LOG_ALL) : 0n);
@@ -194,6 +205,7 @@ export class Target {
         queueCount: this.#options.queueCount ?? 1,
         connected: (connection) => this.#serve(connection),
         failed: (error) => this.#report(error, null),
+        ended: () => this.#end(),
       });
       // Not later than need be: a front-end may be there already.
       this.#transport = opened instanceof Promise ? await opened : opened;
@@ -279,6 +291,10 @@ export class Target {
         ),
       );
     }
+    return this.#end();
+  }
+
+  #end(): Promise<void> {
     this.#unregistered ??= this.#close();
     return this.#unregistered;
   }
@@ -293,6 +309,7 @@ export class Target {
     await this.#pool?.close();
     registered.delete(this.name);
     eventLoop.unref();
+    this.#setClosed();
   }
 
   /** `await using target = await registerTarget(...)` unregisters it. */

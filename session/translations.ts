@@ -20,6 +20,7 @@ import { BackendRequest } from "../protocol/backend_request.ts";
 import { hasFeature, VirtioFeature } from "../protocol/features.ts";
 import { type IotlbMessage, IotlbType } from "../protocol/payloads.ts";
 import type { BackendRequests } from "./backend_requests.ts";
+import type { Queues } from "./queues.ts";
 import type { Vring } from "./vring.ts";
 
 /** What translations need to know of their session. */
@@ -31,7 +32,7 @@ export interface TranslatingSession {
   /** In which space the targets of updates are. */
   readonly memorySpace: "gpa" | "uva";
   report(error: Vhost2Error): void;
-  kick(vring: Vring): void;
+  readonly queues: Pick<Queues, "kick">;
   /** Queues may be able to start. */
   wake(): void;
 }
@@ -206,7 +207,7 @@ export class Translations {
   #resume(vring: Vring): void {
     this.#waiting.delete(vring);
     if (vring.run.kind === "stopped") this.#session.wake();
-    else this.#session.kick(vring);
+    else this.#session.queues.kick(vring);
   }
 
   #retry(): void {

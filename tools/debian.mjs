@@ -1,7 +1,16 @@
 // Debian's packages: asked for, and downloaded and unpacked into a folder of
 // ours, where nothing has to be installed.
+import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readdir, rename, rm } from "node:fs/promises";
+import {
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  writeFile,
+} from "node:fs/promises";
 import { delimiter, dirname, join } from "node:path";
 import process from "node:process";
 import { capture, SetupError, step } from "./step.mjs";
@@ -42,9 +51,46 @@ export async function updateLists() {
 }
 
 /**
+ * Names what is wanted by what makes it: functions count by their text. A
+ * folder that was unpacked by another recipe, of an older clone, is unpacked
+ * again.
+ *
+ * @param {unknown[]} parts
+ */
+export function recipeOf(...parts) {
+  return createHash("sha256").update(parts.map(String).join("\n")).digest(
+    "hex",
+  );
+}
+
+/** The file in an unpacked folder that has the recipe. */
+const RECIPE = ".recipe";
+
+/**
+ * For `unpackInto`'s `finish`: what `isUnpacked` looks at.
+ *
+ * @param {string} unpacked
+ * @param {string} recipe
+ */
+export async function noteRecipe(unpacked, recipe) {
+  await writeFile(join(unpacked, RECIPE), recipe);
+}
+
+/**
+ * Whether `folder` was unpacked by `recipe`.
+ *
+ * @param {string} folder
+ * @param {string} recipe
+ */
+export async function isUnpacked(folder, recipe) {
+  const found = await readFile(join(folder, RECIPE), "utf8").catch(() => "");
+  return found === recipe;
+}
+
+/**
  * Downloads packages and unpacks them into `folder`/root. The folder is filled
  * beside and renamed when whole, so that a killed or a concurrent set-up never
- * leaves half of it.
+ * leaves half of it. What is there already makes room.
  *
  * @param {string} folder
  * @param {string} what for people
@@ -83,9 +129,12 @@ export async function unpackInto(folder, what, size, packages, finish) {
     ], { cwd: unpacked });
     for (const name of archives) await rm(join(unpacked, name));
     await finish(unpacked);
+    await rename(folder, join(unpacked, "old")).catch(() => {});
     await rename(unpacked, folder).catch((error) => {
+      // Another set-up may have been faster.
       if (!existsSync(join(folder, "root"))) throw error;
     });
+    await rm(join(folder, "old"), { recursive: true, force: true });
   } finally {
     await rm(unpacked, { recursive: true, force: true });
   }

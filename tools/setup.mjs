@@ -13,8 +13,11 @@ import { fileURLToPath } from "node:url";
 import {
   candidateOf,
   IN_A_CONTAINER,
+  isUnpacked,
   mustHaveApt,
+  noteRecipe,
   onPath,
+  recipeOf,
   unpackInto,
   updateLists,
 } from "./debian.mjs";
@@ -89,7 +92,8 @@ export async function prepareGuest() {
     );
   }
   await installQemu();
-  if (!existsSync(join(GUEST, "manifest.json"))) await fetchGuest();
+  const recipe = recipeOf(KERNEL_METAPACKAGE, kernelPackage, fetchGuest);
+  if (!await isUnpacked(GUEST, recipe)) await fetchGuest(recipe);
   await fetchTestpmd(CACHE);
   await buildGuestTools();
 }
@@ -140,7 +144,8 @@ async function installQemu() {
  */
 const KERNEL_METAPACKAGE = "linux-image-cloud-amd64";
 
-async function fetchGuest() {
+/** @param {string} recipe */
+async function fetchGuest(recipe) {
   mustHaveApt([KERNEL_METAPACKAGE, "busybox-static"]);
   let kernel = await kernelPackage();
   if (kernel === undefined) {
@@ -162,12 +167,14 @@ async function fetchGuest() {
       kernel = await kernelPackage() ?? kernel;
       return [kernel, "busybox-static"];
     },
-    (unpacked) =>
-      // tests/qemu/guest.ts reads this.
-      writeFile(
+    async (unpacked) => {
+      // tests/qemu/cache.ts reads this.
+      await writeFile(
         join(unpacked, "manifest.json"),
         JSON.stringify({ kernel: kernel.replace(/^linux-image-/, "") }) + "\n",
-      ),
+      );
+      await noteRecipe(unpacked, recipe);
+    },
   );
 }
 

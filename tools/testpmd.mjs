@@ -1,10 +1,16 @@
 // DPDK's testpmd, a peer in tests and benches: unpacked into the cache, because
 // its package would install two hundred others. Where it cannot be had those
 // tests are skipped by name.
-import { existsSync } from "node:fs";
 import { chmod, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { candidateOf, onPath, unpackInto } from "./debian.mjs";
+import {
+  candidateOf,
+  isUnpacked,
+  noteRecipe,
+  onPath,
+  recipeOf,
+  unpackInto,
+} from "./debian.mjs";
 import { capture, SetupError } from "./step.mjs";
 
 const PACKAGE = "dpdk-dev";
@@ -17,12 +23,22 @@ const DRIVERS = ["bus_vdev", "mempool_ring", "net_vhost", "net_virtio"];
 /** @param {string} cache the folder for downloads */
 export async function fetchTestpmd(cache) {
   const folder = join(cache, "dpdk");
-  if (existsSync(join(folder, "dpdk-testpmd"))) return;
+  const recipe = recipeOf(PACKAGE, LIBRARY, DRIVERS, closure, finish);
+  if (await isUnpacked(folder, recipe)) return;
   if (onPath("dpdk-testpmd")) return;
   if (!onPath("apt-get") || !onPath("apt-cache") || !onPath("dpkg-deb")) return;
   try {
     if (await candidateOf(PACKAGE) === undefined) return;
-    await unpackInto(folder, "DPDK's testpmd", "6 MB", closure, finish);
+    await unpackInto(
+      folder,
+      "DPDK's testpmd",
+      "6 MB",
+      closure,
+      async (unpacked) => {
+        await finish(unpacked);
+        await noteRecipe(unpacked, recipe);
+      },
+    );
   } catch (error) {
     if (!(error instanceof SetupError)) throw error;
     console.error(`${error.message}; the tests against DPDK are skipped`);

@@ -167,6 +167,8 @@ export interface TransportHost {
   connected(connection: Connection): void;
   /** Something failed that leaves the transport working (or retrying). */
   failed(error: Vhost2Error): void;
+  /** There was a last connection, and no other will come. */
+  ended(): void;
 }
 
 /** An open transport: listening, or keeping a connection. */

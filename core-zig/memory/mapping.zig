@@ -33,6 +33,11 @@ pub const Health = struct {
     /// Async-signal-safe. Signals on the first fault only.
     pub fn fault(self: *Health) void {
         if (self.state.cmpxchgStrong(layout.memory_ok, layout.memory_faulted, .seq_cst, .seq_cst) != null) return;
+        self.notify();
+    }
+
+    /// Has the isolate look at the state. Async-signal-safe.
+    pub fn notify(self: *Health) void {
         const fd = self.event.load(.acquire);
         const one: u64 = 1;
         if (fd >= 0) _ = linux.write(fd, std.mem.asBytes(&one), 8);

@@ -38,6 +38,8 @@ const max_retired_tables = 16;
 
 pub const Memory = struct {
     health: mapping.Health,
+    /// How often `state` was asked: the isolate is awake.
+    looks: std.atomic.Value(u32) = .init(0),
     table: Atomic(*const Table),
     readers: Atomic(u32),
     /// Something waits until no reader is inside.
@@ -378,6 +380,7 @@ pub fn revoke(handle: u32) callconv(.c) i32 {
 
 pub fn state(handle: u32) callconv(.c) i32 {
     const self = get(handle) orelse return sys.fail(.BADF);
+    _ = self.looks.fetchAdd(1, .seq_cst);
     return @intCast(self.health.state.load(.acquire));
 }
 

@@ -8,6 +8,12 @@
 //! file of no bytes, and the sleepers are woken. A system call gets EFAULT, so
 //! that no write puts zeros on a disk; a thread gets the SIGBUS of a shrunk
 //! file (`fault.zig`).
+//!
+//! A front-end that lives may take its time: a migration can be paused for
+//! minutes. But whoever asks the process to end (`interrupt.zig`) is not made to
+//! wait for that: where the memory's isolate does not even look at its poll set
+//! then, it sleeps, and the thread takes the memory away too, so that the signal
+//! is handled.
 
 const std = @import("std");
 const linux = std.os.linux;
@@ -15,6 +21,7 @@ const sync = @import("../sync.zig");
 const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
 const descriptor = @import("../descriptor.zig");
+const interrupt = @import("interrupt.zig");
 const mapping = @import("mapping.zig");
 const memory = @import("memory.zig");
 const userfault = @import("userfault.zig");
@@ -28,9 +35,13 @@ pub const Guard = struct {
     epoll: i32 = -1,
     stop: i32 = -1,
     thread: ?sync.Thread = null,
+    /// Signals to end the process that have been dealt with.
+    signals: u32 = 0,
 
     const token_hangup = 0;
     const token_stop = 1;
+    /// How long an isolate that is awake has to look.
+    const look_ms = 200;
 
     /// The socket is watched without a reference: when its owner closes it the
     /// watch ends by itself.
@@ -44,6 +55,8 @@ pub const Guard = struct {
         if (stoppable < 0) return stoppable;
         const watched = self.add(hangup_fd, linux.EPOLL.RDHUP, token_hangup);
         if (watched < 0) return watched;
+        interrupt.watch();
+        self.signals = interrupt.count.load(.seq_cst);
         self.thread = sync.Thread.spawn(run, self) orelse return sys.fail(.AGAIN);
         return 0;
     }
@@ -55,15 +68,29 @@ pub const Guard = struct {
 
     fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
         const self: *Guard = @ptrCast(@alignCast(argument.?));
+        var asked: ?struct { signals: u32, looks: u32 } = null;
         while (true) {
+            interrupt.watch();
             var events: [2]linux.epoll_event = undefined;
-            const count = linux.epoll_wait(self.epoll, &events, events.len, -1);
+            const count = linux.epoll_wait(self.epoll, &events, events.len, look_ms);
             if (sys.isError(count)) continue; // EINTR; the descriptors are ours
+            if (count == 0) {
+                const now = interrupt.count.load(.seq_cst);
+                if (now == self.signals) continue;
+                const before = asked orelse {
+                    asked = .{ .signals = now, .looks = self.owner.looks.load(.seq_cst) };
+                    self.owner.health.notify();
+                    continue;
+                };
+                self.signals = before.signals;
+                asked = null;
+                if (before.looks != self.owner.looks.load(.seq_cst)) continue;
+            }
             for (events[0..count]) |event| {
                 if (event.data.u64 == token_stop) return null;
             }
             self.takeMemory();
-            // The socket stays hung up: only the stop is of interest now.
+            // Only the stop is of interest now; the socket may stay hung up.
             self.awaitStop();
             return null;
         }
@@ -149,5 +176,6 @@ pub fn end(handle: u32, is_gone: u32) callconv(.c) i32 {
 }
 
 test {
+    _ = interrupt;
     _ = @import("postcopy_test.zig");
 }

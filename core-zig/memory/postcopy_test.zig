@@ -7,7 +7,10 @@ const linux = std.os.linux;
 const sync = @import("../sync.zig");
 const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
+const descriptor = @import("../descriptor.zig");
 const fault = @import("fault.zig");
+const interrupt = @import("interrupt.zig");
+const given_signal = @import("interrupt_test.zig");
 const memory = @import("memory.zig");
 const postcopy = @import("postcopy.zig");
 const userfault = @import("userfault.zig");
@@ -148,6 +151,48 @@ test "a front-end that goes while somebody sleeps costs its memory, not the slee
     toucher.start().join();
     try testing.expectEqual(0, toucher.seen);
     try testing.expectEqual(@as(i32, layout.memory_revoked), memory.state(given_memory.fixture.handle));
+}
+
+test "a signal to end the process while somebody sleeps costs the memory, not the sleeper" {
+    try testing.expectEqual(0, fault.install());
+    given_signal.set(.TERM, .{ .sigaction = given_signal.Handler.full }, linux.SA.SIGINFO);
+    defer given_signal.set(.TERM, .{ .handler = linux.SIG.DFL }, 0);
+    const calls = given_signal.Handler.full_calls;
+    var given_memory: Listening = try .init();
+    defer given_memory.deinit();
+    const fd = given.memfd(page);
+    defer sys.closeQuietly(fd);
+    try given_memory.fixture.set(&.{given.request(fd, 0, page, 0)});
+    var toucher: Toucher = .{ .at = &given_memory.fixture.at(0, page).?[0], .seen = 1 };
+    const thread = toucher.start();
+    _ = try given_memory.next();
+
+    _ = linux.tkill(linux.gettid(), .TERM);
+    thread.join();
+    try testing.expectEqual(0, toucher.seen);
+    try testing.expectEqual(calls + 1, given_signal.Handler.full_calls);
+    try testing.expectEqual(@as(i32, layout.memory_revoked), memory.state(given_memory.fixture.handle));
+}
+
+test "a signal that the isolate can handle costs nothing" {
+    given_signal.set(.TERM, .{ .sigaction = given_signal.Handler.full }, linux.SA.SIGINFO);
+    defer given_signal.set(.TERM, .{ .handler = linux.SIG.DFL }, 0);
+    var given_memory: Listening = try .init();
+    defer given_memory.deinit();
+    const handle = given_memory.fixture.handle;
+    const event = descriptor.eventfdCreate();
+    defer sys.closeQuietly(event);
+    given_memory.fixture.self.health.event.store(@intCast(linux.dup(event)), .seq_cst);
+
+    // Twice: had it taken the memory it would look no more.
+    for (0..2) |_| {
+        _ = linux.tkill(linux.gettid(), .TERM);
+        var watched = [1]linux.pollfd{.{ .fd = event, .events = linux.POLL.IN, .revents = 0 }};
+        try testing.expectEqual(1, linux.poll(&watched, 1, 20_000));
+        // As an isolate that is awake does when it is told to look.
+        _ = descriptor.eventfdTake(event);
+        try testing.expectEqual(@as(i32, layout.memory_ok), memory.state(handle));
+    }
 }
 
 test "a file that shrinks under postcopy wakes who sleeps in it" {

@@ -568,4 +568,5 @@ test {
     _ = inflight;
     _ = @import("inflight_test.zig");
     _ = @import("iova_test.zig");
+    _ = @import("wakeup_test.zig");
 }

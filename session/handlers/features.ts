@@ -67,7 +67,7 @@ export async function setFeatures(
   const changed = features ^ session.features;
   // vhost-user-net repeats the message while its queues run, and migration
   // toggles LOG_ALL; anything else changes what a running queue relies on.
-  if ((changed & ~logAllMask) !== 0n) await session.stopQueues(() => true);
+  if ((changed & ~logAllMask) !== 0n) await session.queues.stopAll();
   if (changed !== 0n || session.ackedFeatures === null) {
     session.isFeaturesChangeOwed = true;
   }
@@ -122,7 +122,7 @@ export async function setProtocolFeatures(
     }
   }
   const changed = features ^ session.ackedProtocolFeatures;
-  if ((changed & queueMask) !== 0n) await session.stopQueues(() => true);
+  if ((changed & queueMask) !== 0n) await session.queues.stopAll();
   session.ackedProtocolFeatures = features;
   // What an update translates to has another meaning.
   if ((changed & gpaMask) !== 0n) session.translations.clear();

@@ -10,7 +10,7 @@ export async function getInflightFd(
   session: Session,
   wanted: InflightDescription,
 ): Promise<ReplyWithDescriptors<InflightDescription>> {
-  await session.stopQueues(() => true);
+  await session.queues.stopAll();
   const { description, fd } = session.inflight.make(wanted);
   return new ReplyWithDescriptors(description, [fd]);
 }
@@ -24,7 +24,7 @@ export async function setInflightFd(
   description: InflightDescription,
   message: Message,
 ): Promise<void> {
-  await session.stopQueues(() => true);
+  await session.queues.stopAll();
   session.inflight.adopt(description, message.descriptors.peek()[0]);
   for (const vring of session.vrings) vring.forgetFailure();
 }

@@ -22,7 +22,7 @@ export function setBackendChannel(
 
 /** Connection, memory, features and protocol features stay. */
 export async function resetDevice(session: Session): Promise<void> {
-  await session.stopQueues(() => true);
+  await session.queues.stopAll();
   for (const vring of session.vrings) vring.reset();
   session.memory.log.drop();
   // What is tracked there belongs to the driver before the reset.
@@ -39,7 +39,7 @@ export async function setStatus(
 ): Promise<void> {
   if (status > 0xffn) throw new Refusal(`status ${status} does not fit 8 bits`);
   if (status === 0n) {
-    await session.stopQueues(() => true);
+    await session.queues.stopAll();
     for (const vring of session.vrings) vring.forgetSetup();
     session.forgetTranslations();
     session.sharedMemory.forget();

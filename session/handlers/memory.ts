@@ -30,8 +30,8 @@ async function change(
 ): Promise<void> {
   const prepared = session.memory.prepare(kind, regions);
   if (prepared.removed > 0) {
-    await session.stopQueues(() => true);
-    session.isInitOwed = true;
+    await session.queues.stopAll();
+    session.queues.isInitOwed = true;
   }
   session.memory.commit();
   for (const vring of session.vrings) vring.forgetFailure();
@@ -46,7 +46,7 @@ export async function setMemoryTable(
   const { postcopy } = session;
   if (postcopy.isAckDue) return postcopy.acknowledge(message.payload);
   // No fault may come before the front-end knows where the regions are.
-  if (postcopy.repliesWithBases) await session.stopQueues(() => true);
+  if (postcopy.repliesWithBases) await session.queues.stopAll();
   await change(session, "replace", describe(session, message, regions));
   session.repeatedRegions.clear();
   if (!postcopy.repliesWithBases) return;

@@ -27,7 +27,7 @@ export async function setNum(
     );
   }
   const vring = session.vrings[index];
-  await session.stop(vring);
+  await session.queues.stop(vring);
   vring.size = num;
   vring.forgetFailure();
 }
@@ -70,7 +70,7 @@ export async function setAddress(
   const isLogChange = isSameRing &&
     ((old.flags ^ address.flags) & ~VRING_FLAG_LOG) === 0;
   // Migration resends the address of a running ring with the log flag set.
-  if (!isLogChange) await session.stop(vring);
+  if (!isLogChange) await session.queues.stop(vring);
   vring.addresses = address;
   session.memory.log.setRing(
     vring.index,
@@ -105,7 +105,7 @@ export async function setBase(
       `base 0x${num.toString(16)} is outside a ring of ${vring.size}`,
     );
   }
-  await session.stop(vring);
+  await session.queues.stop(vring);
   vring.base = num;
   if (vring.stoppedAt !== null) vring.isAnew = num !== vring.stoppedAt;
   if (vring.isAnew) vring.hasLeftInFlight = false;
@@ -144,8 +144,8 @@ async function stopAt(
   leavesInFlight: boolean,
 ): Promise<VringState> {
   const vring = session.vrings[index];
-  if (leavesInFlight) await session.stop(vring, true);
-  else await session.drain(vring);
+  if (leavesInFlight) await session.queues.stop(vring, true);
+  else await session.queues.drain(vring);
   vring.forgetSetup();
   session.forgetTranslations();
   return { index, num: vring.base ?? session.firstBase };
@@ -161,11 +161,13 @@ export async function setKick(
     ? session.connection.openKick(
       index,
       message.descriptors,
-      session.options.isServedElsewhere ? null : () => session.kick(vring),
+      session.options.isServedElsewhere
+        ? null
+        : () => session.queues.kick(vring),
     )
     : null;
   try {
-    await session.stop(vring);
+    await session.queues.stop(vring);
   } finally {
     vring.setKick(
       source === null ? { kind: "polled" } : { kind: "event", source },
@@ -182,7 +184,7 @@ export function kick(session: Session, { index, num }: VringState): void {
   if (num !== 0) throw new Refusal(`num ${num} is reserved and must be 0`);
   const vring = session.vrings[index];
   if (vring.kick.kind === "none") vring.setKick({ kind: "inBand" });
-  else session.kick(vring);
+  else session.queues.kick(vring);
 }
 
 export function setCall(
@@ -225,13 +227,13 @@ export async function setEnable(
     vring.forgetFailure();
     const isNew = num === 1 && !vring.isEnabled;
     vring.isEnabled = num === 1;
-    if (isNew) session.kick(vring);
+    if (isNew) session.queues.kick(vring);
     return;
   }
   if (num === 0) {
     const features = session.ackedProtocolFeatures;
     const feature = ProtocolFeature.GET_VRING_BASE_INFLIGHT;
-    await session.stop(vring, hasFeature(features, feature));
+    await session.queues.stop(vring, hasFeature(features, feature));
   } else if (!vring.isEnabled) vring.forgetFailure();
   vring.isEnabled = num === 1;
 }

@@ -90,6 +90,11 @@ class Host {
           message.device,
           () => this.#leave(message.device),
         ).then(() => this.#devices.delete(message.device));
+      case "translated":
+        return this.#devices.get(message.device)?.translations.answered(
+          message.wait,
+          message.error,
+        );
       case "kick":
         return this.#queues.get(message.run)?.kick();
       case "end":

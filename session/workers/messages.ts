@@ -9,7 +9,7 @@
 import type { MessagePort } from "node:worker_threads";
 import type { ErrorMessage } from "../../ffi/errors.ts";
 import type { SharedMemoryHandle } from "../../ffi/guest_memory.ts";
-import type { IotlbMiss } from "../../ffi/iotlb.ts";
+import type { Access, IotlbMiss } from "../../ffi/iotlb.ts";
 import type { RingAddresses } from "../queue.ts";
 
 /** What a Worker begins with. */
@@ -96,6 +96,13 @@ export type ToWorker =
     readonly leavesInFlight: boolean;
   }
   | { readonly kind: "kick"; readonly run: number }
+  /** The end of a `translate`. */
+  | {
+    readonly kind: "translated";
+    readonly device: number;
+    readonly wait: number;
+    readonly error: ErrorMessage | null;
+  }
   /** The device's end. */
   | { readonly kind: "leave"; readonly call: number; readonly device: number }
   | { readonly kind: "end" };
@@ -127,6 +134,15 @@ export type FromWorker =
     readonly kind: "missed";
     readonly run: number;
     readonly misses: readonly IotlbMiss[];
+  }
+  /** The device waits for a translation, for the sake of a run or of none. */
+  | {
+    readonly kind: "translate";
+    readonly device: number;
+    readonly wait: number;
+    readonly run: number | null;
+    readonly iova: bigint;
+    readonly access: Access;
   }
   | { readonly kind: "configChanged"; readonly device: number }
   | {

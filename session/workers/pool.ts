@@ -66,7 +66,7 @@ export class WorkerPool {
       options,
       onMessage: (message) => {
         for (const relay of this.#relays) {
-          if (relay.take(message)) return;
+          if (relay.take(message, thread)) return;
         }
       },
       onLost: (cause) => this.#lost(thread, slot, cause),

@@ -6,7 +6,11 @@
  * @module
  */
 
-import { errorFromMessage, Vhost2Error } from "../../ffi/errors.ts";
+import {
+  errorFromMessage,
+  errorToMessage,
+  Vhost2Error,
+} from "../../ffi/errors.ts";
 import type { GuestMemory } from "../../ffi/guest_memory.ts";
 import { findHeld, Held } from "../../ffi/held.ts";
 import type { Device } from "../device.ts";
@@ -166,10 +170,11 @@ export class DeviceRelay {
   }
 
   /** A Worker says something; true when it was for this device. */
-  take(message: FromWorker): boolean {
+  take(message: FromWorker, thread: WorkerThread): boolean {
     if ("device" in message) {
       if (message.device !== this.id) return false;
       if (message.kind === "configChanged") this.#device.configChanged();
+      else if (message.kind === "translate") this.#translate(message, thread);
       else this.#report(errorFromMessage(message.error));
       return true;
     }
@@ -185,6 +190,31 @@ export class DeviceRelay {
       return true;
     }
     return false;
+  }
+
+  /** Awaits it here, where the front-end is asked, and answers how it ended. */
+  #translate(
+    { wait, run: id, iova, access }: Extract<FromWorker, { kind: "translate" }>,
+    thread: WorkerThread,
+  ): void {
+    const answer = (error: unknown) =>
+      thread.post({
+        kind: "translated",
+        device: this.id,
+        wait,
+        error: error === null ? null : errorToMessage(error),
+      });
+    const run = [...this.#runs.values()].find((run) => run.id === id);
+    if (id !== null && run === undefined) {
+      return answer(
+        new Vhost2Error(
+          "CLOSED",
+          `Cannot await a translation of ${this.#device.name}: its queue has stopped`,
+        ),
+      );
+    }
+    this.#device.translateAsync(iova, 1, access, run?.queue)
+      .then(() => answer(null), answer);
   }
 
   #report(error: Error): void {

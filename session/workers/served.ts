@@ -11,10 +11,12 @@ import { eventLoop, type Watch } from "../../ffi/event_loop.ts";
 import { GuestMemory } from "../../ffi/guest_memory.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
 import { type Gpa, gpa } from "../../protocol/address.ts";
+import type { Access } from "../../ffi/iotlb.ts";
 import { Device, type DeviceSession } from "../device.ts";
 import { Queue } from "../queue.ts";
 import { findRingAreas, type RingAreas } from "../ring_areas.ts";
 import type { TargetOps } from "../target_ops.ts";
+import { AwaitedTranslations } from "./awaited_translations.ts";
 import {
   CallRoute,
   type DeviceMessage,
@@ -41,6 +43,7 @@ export class ServedDevice implements DeviceSession {
   readonly device: Device;
   readonly ops: TargetOps;
   readonly queues = new Set<ServedQueue>();
+  readonly translations: AwaitedTranslations;
   readonly #features: BigUint64Array;
   readonly #post: Post;
   readonly #end = new AbortController();
@@ -56,6 +59,7 @@ export class ServedDevice implements DeviceSession {
     this.shared = message.shared;
     this.#features = new BigUint64Array(message.features);
     this.#post = post;
+    this.translations = new AwaitedTranslations(this, post);
     this.device = new Device(this);
     this.ops = factory(this.device);
   }
@@ -81,13 +85,12 @@ export class ServedDevice implements DeviceSession {
     unmap: () => Promise.reject(elsewhere("unmap shared memory")),
   };
 
-  get translations(): { readonly isActive: boolean } {
-    const bit = VirtioFeature.ACCESS_PLATFORM;
-    return { isActive: hasFeature(this.features, bit) };
-  }
-
-  whenMapped(): Promise<void> {
-    return Promise.reject(elsewhere("await a translation"));
+  whenMapped(
+    address: bigint,
+    access: Access,
+    queue: Queue | undefined,
+  ): Promise<void> {
+    return this.translations.whenMapped(address, access, queue);
   }
 
   configChanged(): void {
@@ -124,6 +127,7 @@ export class ServedDevice implements DeviceSession {
   end(): ServedQueue[] {
     const left = [...this.queues];
     for (const queue of left) queue.end();
+    this.translations.close();
     this.#end.abort();
     return left;
   }
@@ -246,5 +250,6 @@ export class ServedQueue {
     this.#watch = undefined;
     this.queue.markStopped();
     this.device.queues.delete(this);
+    if (this.device.queues.size === 0) this.device.translations.close();
   }
 }

@@ -6,11 +6,11 @@ import assert from "node:assert/strict";
 import { binding, core } from "../../ffi/core.ts";
 import { check } from "../../ffi/errors.ts";
 import { DirtyLog } from "../../frontend/dirty_log.ts";
+import type { VhostUserDevice } from "../../frontend/device.ts";
 import {
+  FrontendRequest as Request,
   supportedProtocolFeatures,
-  type VhostUserDevice,
-} from "../../frontend/device.ts";
-import { FrontendRequest as Request } from "../../frontend/mod.ts";
+} from "../../frontend/mod.ts";
 import { VRING_FLAG_LOG } from "../../protocol/payloads.ts";
 import { gpa } from "../../protocol/address.ts";
 import { test } from "../harness.ts";

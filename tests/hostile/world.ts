@@ -10,10 +10,8 @@ import assert from "node:assert/strict";
 import { core } from "../../ffi/core.ts";
 import { check } from "../../ffi/errors.ts";
 import { FrontendConnection } from "../../frontend/connection.ts";
-import {
-  VhostUserDevice,
-  type VhostUserDeviceOptions,
-} from "../../frontend/device.ts";
+import { VhostUserDevice } from "../../frontend/device.ts";
+import type { VhostUserDeviceOptions } from "../../frontend/negotiation.ts";
 import {
   blkDevice,
   type BlkOptions,

@@ -10,6 +10,7 @@ import { core } from "../../ffi/core.ts";
 import {
   encodeBlkHeader,
   FrontendRequest as Request,
+  PageFaults,
   ProtocolFeature,
   RefusedError,
   VhostUserDevice,
@@ -25,7 +26,7 @@ import { openUserfault } from "../../session/postcopy.ts";
 import { isNode, test } from "../harness.ts";
 import { withoutDescriptorLeak } from "../support/descriptors.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
-import { within } from "../support/wait.ts";
+import { Events, within } from "../support/wait.ts";
 import { pageAt, pageSize, PageSource } from "./page_source.ts";
 import {
   adviseAndListen,
@@ -370,6 +371,64 @@ postcopyTest(
       });
     }),
 );
+
+for (
+  const [what, workers, how, wanted] of [
+    ["its main thread, which listens for the signal", 0, "listens", 0],
+    ["its main thread, which does not", 0, "", "SIGINT"],
+    ["its Worker", 1, "listens", 0],
+  ] as const
+) {
+  postcopyTest(
+    `postcopy: SIGINT ends a process although its front-end lives and never fills the page for ${what}`,
+    async () => {
+      using folder = new TemporaryFolder();
+      const path = folder.file("socket");
+      const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
+      const program = fileURLToPath(
+        new URL(`postcopy_backend${extension}`, import.meta.url),
+      );
+      const child = spawn(
+        process.execPath,
+        [
+          ...(isNode ? [] : ["run", "--allow-all"]),
+          program,
+          path,
+          String(workers),
+          how,
+        ],
+        { stdio: ["ignore", "pipe", "inherit"] },
+      );
+      const ended = new Promise((resolve) =>
+        child.once("exit", (code, signal) => resolve(code ?? signal))
+      );
+      try {
+        await new Promise((resolve) => child.stdout.once("data", resolve));
+        const one = { ...postcopyOptions, queueCount: 1 };
+        await opened({ path }, one, async (guest) => {
+          const fd = await adviseAndListen(guest);
+          const asked = new Events<void>();
+          const faults = new PageFaults(fd, () => asked.push());
+          try {
+            await mapAndStart(guest);
+            guest.queues[0].submitChain([
+              { address: dataPage(guest, 3), length: 64, isWritable: false },
+              { address: guest.ram.allocate(64), length: 64, isWritable: true },
+            ]).catch(() => {});
+            await asked.next();
+            process.kill(child.pid!, "SIGINT");
+            assert.equal(await within(ended, "the end of the process"), wanted);
+          } finally {
+            faults.close();
+          }
+        });
+      } finally {
+        child.kill("SIGKILL");
+        await ended;
+      }
+    },
+  );
+}
 
 if (reason !== null) {
   test("postcopy: true is refused with the reason where the kernel refuses a userfaultfd", async () => {

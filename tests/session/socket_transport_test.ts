@@ -8,6 +8,9 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
+import { spawn } from "node:child_process";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
 import { core } from "../../ffi/core.ts";
 import { Errno } from "../../ffi/errors.ts";
 import {
@@ -23,7 +26,7 @@ import {
   Vhost2Error,
 } from "../../mod.ts";
 import { encodeRequest } from "../../protocol/message.ts";
-import { test } from "../harness.ts";
+import { isNode, test } from "../harness.ts";
 import {
   descriptorCount,
   withoutDescriptorLeak,
@@ -264,19 +267,81 @@ test("connect: true with reconnect: false fails at once when nobody listens", as
   });
 });
 
-test("connect: true with reconnect: false connects once", async () => {
+test("connect: true with reconnect: false connects once, and the target ends with its connection", async () => {
   await bench(async ({ folder, register, recording }) => {
     const path = folder.file("socket");
     using listener = new FrontendListener(path);
-    await register(path, { connect: true, reconnect: false });
+    const once = { connect: true, reconnect: false };
+    const target = await register(path, once);
     const guest = await accept(listener);
     await assertWorks(guest);
     await guest.close();
-    await recording.completed("deviceDestroy");
+    await within(target.closed, "the end of the target");
+    assert.equal(recording.count("deviceDestroy"), 1);
     // Were there another attempt it would be a second descriptor here.
     await new Promise((resolve) => setTimeout(resolve, 1));
     assert.equal(listener.accepted.pending.length, 0);
+    await target.unregister();
+    // Its address is free.
+    await register(path, once);
+    await (await accept(listener)).close();
   });
+});
+
+test("a target that connects again, or listens, does not end with its connection", async () => {
+  await bench(async ({ folder, register, recording }) => {
+    const path = folder.file("socket");
+    using listener = new FrontendListener(path);
+    const connecting = await register(path, { connect: true });
+    const listening = await register(folder.file("other"));
+    let hasEnded = false;
+    for (const { closed } of [connecting, listening]) {
+      closed.then(() => hasEnded = true);
+    }
+    await (await accept(listener)).close();
+    await opened({ path: folder.file("other") }, {}, served);
+    await recording.completed("deviceDestroy", 2);
+    await eventually(() =>
+      connecting.devices.length + listening.devices.length === 0
+    );
+    await new Promise((resolve) => setImmediate(resolve));
+    assert.equal(hasEnded, false);
+    await connecting.unregister();
+    await connecting.closed;
+    await listening.unregister();
+    await listening.closed;
+  });
+});
+
+test("a target ends with the connection that it was given", async () => {
+  await bench(async ({ register }) => {
+    const ends = new Int32Array(2);
+    assert.equal(core.socketPair(ends), 0);
+    const target = await register({ fd: ends[1] });
+    const guest = await VhostUserDevice.open({ fd: ends[0] });
+    await guest.close();
+    await within(target.closed, "the end of the target");
+  });
+});
+
+test("a process whose only target has ended ends", async () => {
+  using folder = new TemporaryFolder();
+  const path = folder.file("socket");
+  using listener = new FrontendListener(path);
+  const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
+  const program = fileURLToPath(
+    new URL(`single_connection${extension}`, import.meta.url),
+  );
+  const child = spawn(
+    process.execPath,
+    [...(isNode ? [] : ["run", "--allow-all"]), program, path],
+    { stdio: ["ignore", "inherit", "inherit"] },
+  );
+  const ended = new Promise((resolve) => child.once("exit", resolve));
+  const guest = await accept(listener);
+  await assertWorks(guest);
+  await guest.close();
+  assert.equal(await within(ended, "the end of the process"), 0);
 });
 
 test("unregister ends the attempts to connect", async () => {

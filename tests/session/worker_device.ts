@@ -2,6 +2,7 @@
 // in words. The same module serves on the event loop.
 import process from "node:process";
 import { threadId } from "node:worker_threads";
+import type { Access } from "../../ffi/iotlb.ts";
 import {
   type Device,
   type Queue,
@@ -34,6 +35,8 @@ export const Word = {
   aborted: 6,
   /** While not 0, "busy" lets nothing else happen. */
   busy: 7,
+  /** Translations that were refused because something stops. */
+  refused: 8,
   byteSize: 64,
 } as const;
 
@@ -80,6 +83,24 @@ export function commandDevice(device: Device, options: unknown): TargetOps {
       case "kept":
         // 0: emptied; where a runtime cannot, what is seen is zeros.
         return end(String(kept!.length === 0 || kept![0] === 0 ? 0 : 1));
+      case "translate": {
+        // "translate 0x5000 read": the first bytes there, or why not.
+        const [iova, access, isOfDevice] = rest.split(" ");
+        Atomics.add(words, Word.held, 1);
+        const translated = await device.translateAsync(
+          BigInt(iova),
+          8,
+          access as Access,
+          isOfDevice ? undefined : queue,
+        ).catch((error) => error);
+        Atomics.sub(words, Word.held, 1);
+        if (!(translated instanceof Uint8Array)) {
+          if (translated.code === "CLOSED") Atomics.add(words, Word.refused, 1);
+          return end(translated.code);
+        }
+        if (access !== "read") translated.fill(0x77);
+        return end(translated.join());
+      }
       case "configChanged":
         device.configChanged();
         return end("told");

@@ -313,14 +313,15 @@ const vanishings: Record<string, (model: VhostUserPciModel) => void> = {
 for (const [name, vanish] of Object.entries(vanishings)) {
   for (const isConnected of [true, false]) {
     const when = isConnected ? "with" : "without";
-    test(`a device that ${name} ${when} a front-end is let go of`, () =>
+    test(`a device that ${name} ${when} a front-end is let go of, and the target ends`, () =>
       withDisk({ errorsExpected: true }, async (served) => {
         const { model, target, errors } = served;
         const guest = isConnected ? await openGuest(served) : undefined;
         if (guest !== undefined) await exercise(guest);
         vanish(model);
         await errors.find(({ message }) => /it has gone/.test(message));
-        await eventually(() => model.isClosed, "the device is closed");
+        await within(target.closed, "the end of the target");
+        assert.ok(model.isClosed);
         assert.equal(target.devices.length, 0);
         guest?.connection.close();
         await guest?.close();

@@ -192,7 +192,11 @@ export class PciVhostUserTransport implements Transport, MessageReceiver {
   #next(): void {
     this.#work = this.#work.then(async () => {
       if (this.#connection !== undefined || this.#timer !== undefined) return;
-      if (!this.#isOpen || this.#isGone) return await this.#release();
+      if (!this.#isOpen || this.#isGone) {
+        await this.#release();
+        if (this.#isOpen) this.#host.ended();
+        return;
+      }
       if (this.#isBroken || !await this.#dismiss()) {
         await this.#closeDevice();
         this.#retry();

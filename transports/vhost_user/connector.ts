@@ -23,7 +23,7 @@ export interface ReconnectDelays {
 export interface ConnectOptions {
   /** Path of the socket, or a descriptor that is connected already. */
   readonly address: string | { readonly fd: number };
-  /** `false`: one attempt, one connection. */
+  /** `false`: one attempt, one connection; the host is told of its end. */
   readonly reconnect?: boolean | ReconnectDelays;
 }
 
@@ -108,7 +108,9 @@ export function connect(
     disconnected(connection) {
       if (connection !== current) return;
       current = undefined;
-      if (isOpen && isRepeated) retry();
+      if (!isOpen) return;
+      if (isRepeated) retry();
+      else host.ended();
     },
   };
 }

@@ -24,7 +24,9 @@ export interface VhostUserOptions {
   readonly connect?: boolean;
   /**
    * With `connect`: whether to try again when the front-end is not there or
-   * has gone (true unless given), and after which delays.
+   * has gone (true unless given), and after which delays. `false`, and a
+   * connected descriptor as address: the target ends with its one connection
+   * (`target.closed`).
    */
   readonly reconnect?: boolean | ReconnectDelays;
   /** Permission bits of the socket file; the umask decides when absent. */
