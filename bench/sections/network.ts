@@ -9,12 +9,19 @@
 import { spawn } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
-import process from "node:process";
-import { fileURLToPath } from "node:url";
-import { median } from "./measure.ts";
-import { testpmdMissing, testpmdProgram } from "../tests/support/testpmd.ts";
-import { Testpmd } from "./testpmd.ts";
+import { join } from "node:path";
+import { testpmdMissing, testpmdProgram } from "../../tests/support/testpmd.ts";
+import { inTurns, medianOf, medianRatio } from "../measure.ts";
+import { Testpmd } from "../network/testpmd.ts";
+import {
+  backendCpu,
+  frontendCpu,
+  ownRuntime,
+  pinned,
+  type Runtime,
+  script,
+} from "../programs.ts";
+import type { Figure, Run, Section } from "../section.ts";
 
 /** As the back-end sees it; `loop`: it sends each frame back. */
 export type Direction = "loop" | "receive" | "send";
@@ -30,61 +37,24 @@ interface Row {
 const split = "";
 const packed = ",packed_vq=1";
 const plain = ",mrg_rxbuf=0,in_order=1,vectorized=1";
-const rows: Row[] = [
-  {
-    name: "loop, 64 bytes, split",
-    direction: "loop",
-    frameBytes: 64,
-    driver: split,
-  },
-  {
-    name: "loop, 64 bytes, split, in order, not mergeable",
-    direction: "loop",
-    frameBytes: 64,
-    driver: plain,
-  },
-  {
-    name: "loop, 64 bytes, packed",
-    direction: "loop",
-    frameBytes: 64,
-    driver: packed,
-  },
-  {
-    name: "loop, 1500 bytes, split",
-    direction: "loop",
-    frameBytes: 1500,
-    driver: split,
-  },
-  {
-    name: "receive, 64 bytes, split",
-    direction: "receive",
-    frameBytes: 64,
-    driver: split,
-  },
-  {
-    name: "receive, 1500 bytes, split",
-    direction: "receive",
-    frameBytes: 1500,
-    driver: split,
-  },
-  {
-    name: "send, 64 bytes, split",
-    direction: "send",
-    frameBytes: 64,
-    driver: split,
-  },
-  {
-    name: "send, 1500 bytes, split",
-    direction: "send",
-    frameBytes: 1500,
-    driver: split,
-  },
-];
 
-const backendCpu = 1;
-const frontendCpu = 0;
+const rows: Row[] = ([
+  ["loop, 64 bytes, split", "loop", 64, split],
+  ["loop, 64 bytes, split, in order, not mergeable", "loop", 64, plain],
+  ["loop, 64 bytes, packed", "loop", 64, packed],
+  ["loop, 1500 bytes, split", "loop", 1500, split],
+  ["receive, 64 bytes, split", "receive", 64, split],
+  ["receive, 1500 bytes, split", "receive", 1500, split],
+  ["send, 64 bytes, split", "send", 64, split],
+  ["send, 1500 bytes, split", "send", 1500, split],
+] as const).map(([name, direction, frameBytes, driver]) => ({
+  name,
+  direction,
+  frameBytes,
+  driver,
+}));
+
 const settleMs = 300;
-const runMs = 1000;
 
 const sleep = (ms: number) =>
   new Promise<void>((resolve) => setTimeout(resolve, ms));
@@ -96,15 +66,18 @@ interface Backend {
   stop(): Promise<void>;
 }
 
-async function startOurs(row: Row, path: string): Promise<Backend> {
-  const here = dirname(fileURLToPath(import.meta.url));
-  const flags = "Deno" in globalThis ? ["run", "--allow-all"] : [];
-  const extension = import.meta.url.endsWith(".ts") ? "ts" : "js";
-  const child = spawn("taskset", [
-    ...["-c", String(backendCpu), process.execPath, ...flags],
-    ...[join(here, `net_backend.${extension}`), path],
-    ...[row.direction, String(row.frameBytes)],
-  ], { stdio: ["ignore", "ignore", "inherit"] });
+async function startOurs(
+  row: Row,
+  path: string,
+  runtime: Runtime = ownRuntime,
+): Promise<Backend> {
+  const [program, ...args] = pinned(String(backendCpu), [
+    ...await script("network/backend", runtime),
+    ...[path, row.direction, String(row.frameBytes)],
+  ]);
+  const child = spawn(program, args, {
+    stdio: ["ignore", "ignore", "inherit"],
+  });
   while (!existsSync(path)) await sleep(20);
   // It sleeps where there is nothing to do.
   const nothing = () => Promise.resolve();
@@ -143,10 +116,11 @@ async function startFrontend(row: Row, path: string): Promise<Testpmd> {
 }
 
 /** Frames per second, at the front-end. */
-async function run(
+async function once(
   row: Row,
   backend: Backend,
   frontend: Testpmd,
+  runMs: number,
 ): Promise<number> {
   await backend.begin();
   await frontend.ask(row.direction === "loop" ? "start tx_first 16" : "start");
@@ -162,58 +136,68 @@ async function run(
   return frames / (last.time - first.time) * 1000;
 }
 
-/** One line of the table; rates in frames per second. */
-export interface NetRates {
-  readonly name: string;
-  readonly ours: number;
-  readonly theirs: number;
-  readonly ratio: number;
-}
+type Start = (row: Row, path: string) => Promise<Backend>;
 
-/** Measures the rows whose name has `filter`. */
-export async function* netRates(
-  filter: string,
-  rounds: number,
-): AsyncGenerator<NetRates> {
-  const chosen = rows.map((row) => ({ ...row, name: `net ${row.name}` }))
-    .filter((row) => row.name.includes(filter));
-  if (chosen.length > 0 && testpmdProgram === null) {
-    console.error(`Cannot measure the network: ${testpmdMissing}`);
-    return;
-  }
-  for (const row of chosen) yield await measure(row, rounds);
-}
-
-async function measure(row: Row, rounds: number): Promise<NetRates> {
+async function compare(
+  row: Row,
+  starts: readonly Start[],
+  { rounds, runMs }: Run,
+): Promise<Figure[]> {
   const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
   const running: { stop(): Promise<void> }[] = [];
   try {
     const turns: (() => Promise<number>)[] = [];
-    for (const start of [startOurs, startDpdk]) {
+    for (const start of starts) {
       const path = join(folder, `${turns.length}.sock`);
       const backend = await start(row, path);
       running.unshift(backend);
       const frontend = await startFrontend(row, path);
       running.unshift(frontend);
-      turns.push(() => run(row, backend, frontend));
+      turns.push(() => once(row, backend, frontend, runMs));
     }
-    const rates: [number, number][] = [];
     // The first, unmeasured, is for caches and what V8 compiles.
-    for (let round = -1; round < rounds; round++) {
-      const found: [number, number] = [0, 0];
-      for (const i of round % 2 === 0 ? [0, 1] : [1, 0]) {
-        found[i] = await turns[i]();
-      }
-      if (round >= 0) rates.push(found);
-    }
-    return {
-      name: row.name,
-      ours: median(rates.map(([ours]) => ours)),
-      theirs: median(rates.map(([, theirs]) => theirs)),
-      ratio: median(rates.map(([ours, theirs]) => ours / theirs)),
-    };
+    await inTurns(turns, 1);
+    const found = await inTurns(turns, rounds);
+    return [
+      { value: medianOf(found, 0), unit: "perSecond" },
+      { value: medianOf(found, 1), unit: "perSecond" },
+      { value: medianRatio(found, 0, 1), unit: "ratio" },
+    ];
   } finally {
     for (const one of running) await one.stop();
     rmSync(folder, { recursive: true, force: true });
   }
 }
+
+const missing = () => testpmdProgram === null ? testpmdMissing : null;
+
+export const network: Section = {
+  name: "network",
+  about:
+    "Frames per second beside DPDK's vhost driver, with DPDK's virtio_user in front of both",
+  columns: ["vhost2", "DPDK vhost", "ratio"],
+  missing,
+  cases: rows.map((row) => ({
+    name: row.name,
+    measure: (run) => compare(row, [startOurs, startDpdk], run),
+  })),
+};
+
+export const networkInNode: Section = {
+  name: "network, node",
+  about: "Frames per second in Node beside Deno, virtio_user in front of both",
+  columns: ["Node", "Deno", "ratio"],
+  missing,
+  cases: rows.map((row) => ({
+    name: row.name,
+    goal: ">= 0.70x",
+    measure: (run) =>
+      compare(
+        row,
+        (["node", "deno"] as const).map((runtime): Start => (row, path) =>
+          startOurs(row, path, runtime)
+        ),
+        run,
+      ),
+  })),
+};
