@@ -115,6 +115,9 @@ async function startFrontend(row: Row, path: string): Promise<Testpmd> {
   return testpmd;
 }
 
+/** A loop whose frames were all dropped has ended: it is begun again. */
+const attempts = 5;
+
 /** Frames per second, at the front-end. */
 async function once(
   row: Row,
@@ -122,18 +125,23 @@ async function once(
   frontend: Testpmd,
   runMs: number,
 ): Promise<number> {
-  await backend.begin();
-  await frontend.ask(row.direction === "loop" ? "start tx_first 16" : "start");
-  await sleep(settleMs);
-  const first = await frontend.counts();
-  await sleep(runMs);
-  const last = await frontend.counts();
-  await frontend.ask("stop");
-  await backend.end();
-  const frames = row.direction === "receive"
-    ? last.sent - first.sent
-    : last.received - first.received;
-  return frames / (last.time - first.time) * 1000;
+  for (let attempt = 0; attempt < attempts; attempt++) {
+    await backend.begin();
+    await frontend.ask(
+      row.direction === "loop" ? "start tx_first 16" : "start",
+    );
+    await sleep(settleMs);
+    const first = await frontend.counts();
+    await sleep(runMs);
+    const last = await frontend.counts();
+    await frontend.ask("stop");
+    await backend.end();
+    const frames = row.direction === "receive"
+      ? last.sent - first.sent
+      : last.received - first.received;
+    if (frames > 0) return frames / (last.time - first.time) * 1000;
+  }
+  throw new Error(`No frames came in ${attempts} attempts`);
 }
 
 type Start = (row: Row, path: string) => Promise<Backend>;
