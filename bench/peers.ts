@@ -87,8 +87,14 @@ export async function startOurs(options: OursOptions): Promise<Peer> {
     JSON.stringify(options.disk),
     JSON.stringify(options.service ?? {}),
   ]));
-  await child.line();
-  return peerOf(child, folder);
+  const peer = peerOf(child, folder);
+  try {
+    await child.line();
+    return peer;
+  } catch (error) {
+    await peer.stop();
+    throw error;
+  }
 }
 
 /** What is missing for comparisons with QEMU's storage daemon, or null. */
@@ -122,14 +128,16 @@ export async function startStorageDaemon(options: PeerOptions): Promise<Peer> {
     "--export",
     `type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=${path},writable=on,num-queues=${queues}`,
   ]));
+  const peer = peerOf(child, folder);
   // It says nothing, and listens some time after the name is there.
   while (!isListening(path)) {
     if (child.hasEnded) {
+      await peer.stop();
       throw new Error("qemu-storage-daemon ended before it listened");
     }
     await sleep(20);
   }
-  return peerOf(child, folder);
+  return peer;
 }
 
 function isListening(path: string): boolean {
