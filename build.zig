@@ -4,6 +4,8 @@
 //!   zig build                  the libraries, and what is generated into ffi/
 //!   zig build test             the core's own tests
 //!   zig build abi-check        fails when ffi/abi.gen.ts is stale
+//!   zig build bench            what the bench compares with, in zig-out/bin,
+//!                              and the core with its symbols, for profiles
 
 const std = @import("std");
 
@@ -21,7 +23,7 @@ pub fn build(b: *std.Build) void {
 
     const embedder = tool(b, "embed");
     for (architectures) |arch| {
-        const library = core(b, arch, optimize);
+        const library = core(b, arch, optimize, true);
         b.getInstallStep().dependOn(&b.addInstallArtifact(library, .{}).step);
         const embed = b.addRunArtifact(embedder);
         embed.addFileArg(library.getEmittedBin());
@@ -36,6 +38,8 @@ pub fn build(b: *std.Build) void {
     compare.addFileArg(generated);
     compare.addFileArg(b.path("ffi/abi.gen.ts"));
     b.step("abi-check", "Fail when ffi/abi.gen.ts is stale").dependOn(&compare.step);
+
+    benchPrograms(b, optimize);
 
     const tests = b.addTest(.{
         .root_module = b.createModule(.{
@@ -64,7 +68,7 @@ fn tool(b: *std.Build, name: []const u8) *std.Build.Step.Compile {
 
 /// `linux-none`: no libc of its own, so that one file serves glibc and musl;
 /// the few symbols it needs (`pthread_create`, `dlopen`) are the host's.
-fn core(b: *std.Build, arch: std.Target.Cpu.Arch, optimize: std.builtin.OptimizeMode) *std.Build.Step.Compile {
+fn core(b: *std.Build, arch: std.Target.Cpu.Arch, optimize: std.builtin.OptimizeMode, is_stripped: bool) *std.Build.Step.Compile {
     return b.addLibrary(.{
         .name = b.fmt("vhost2-{s}", .{@tagName(arch)}),
         .linkage = .dynamic,
@@ -73,9 +77,41 @@ fn core(b: *std.Build, arch: std.Target.Cpu.Arch, optimize: std.builtin.Optimize
             .target = b.resolveTargetQuery(.{ .cpu_arch = arch, .os_tag = .linux, .abi = .none }),
             .optimize = optimize,
             .pic = true,
-            .strip = true,
+            .strip = is_stripped,
+            // A profile follows them.
+            .omit_frame_pointer = if (is_stripped) null else false,
             .link_libc = false,
             .single_threaded = false,
         }),
     });
+}
+
+/// Programs that link the core, for this machine, and the core as a profiler
+/// likes it.
+fn benchPrograms(b: *std.Build, optimize: std.builtin.OptimizeMode) void {
+    const step = b.step("bench", "Build the native programs of the bench");
+    // As the library is: for any processor of the architecture.
+    const target = b.resolveTargetQuery(.{ .cpu_model = .baseline });
+    const linked = b.createModule(.{
+        .root_source_file = b.path("core-zig/exports.zig"),
+        .target = target,
+        .optimize = optimize,
+        .link_libc = true,
+    });
+    for ([_][]const u8{ "disk", "floor", "ring" }) |name| {
+        const program = b.addExecutable(.{
+            .name = b.fmt("bench-{s}", .{name}),
+            .root_module = b.createModule(.{
+                .root_source_file = b.path(b.fmt("bench/native/{s}.zig", .{name})),
+                .target = target,
+                .optimize = optimize,
+                .link_libc = true,
+                .imports = &.{.{ .name = "core", .module = linked }},
+            }),
+        });
+        step.dependOn(&b.addInstallArtifact(program, .{}).step);
+    }
+    const profiled = core(b, b.graph.host.result.cpu.arch, optimize, false);
+    const destination: std.Build.Step.InstallArtifact.Options.Dir = .{ .override = .{ .custom = "profiled" } };
+    step.dependOn(&b.addInstallArtifact(profiled, .{ .dest_dir = destination }).step);
 }

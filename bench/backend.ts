@@ -1,9 +1,10 @@
 /**
- * The back-end that the bench measures: `count` disks in one process.
+ * The back-end that the bench measures: disks in one process.
  *
  *   backend.ts FOLDER COUNT DISK SERVICE
  *
- * Answers `heap` on its standard input with the bytes of its heap, collected.
+ * Says `ready` when all listen. Answers `heap` on its standard input with the
+ * bytes of its heap, collected; ends with its standard input, or by SIGTERM.
  *
  * @module
  */
@@ -23,7 +24,7 @@ import type { Disk, Service } from "./peers.ts";
 
 const [folder, count, ...json] = process.argv.slice(2);
 const disk: Disk = JSON.parse(json[0]);
-const service: Service = JSON.parse(json[1]);
+const { queues, ...service }: Service = JSON.parse(json[1]);
 
 function backing() {
   switch (disk.kind) {
@@ -42,7 +43,7 @@ for (let i = 0; i < Number(count); i++) {
     await registerTarget({
       transport: "vhost-user",
       address: join(folder, `${i}.sock`),
-      ...blkDevice({ backing: backing() }),
+      ...blkDevice({ backing: backing(), numQueues: queues ?? 1 }),
       ...service,
     }),
   );
@@ -55,3 +56,4 @@ process.on("SIGTERM", async () => {
   for (const target of targets) await target.unregister();
   process.exit();
 });
+console.log("ready");

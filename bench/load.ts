@@ -1,6 +1,6 @@
 /**
- * The load generator's front: a vhost-user front-end set up in TypeScript,
- * whose hot loop, the driver side of the ring, is in the core.
+ * The load generator: memory, rings and features come from TypeScript, the hot
+ * loop, the driver's side of the rings, is in the core.
  *
  * @module
  */
@@ -8,19 +8,17 @@
 import { constants, layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { check } from "../ffi/errors.ts";
-import {
-  type DirtyLog,
-  type QueueDriver,
-  VhostUserDevice,
-} from "../frontend/mod.ts";
-import { featureMask, VirtioFeature } from "../protocol/features.ts";
+import type { QueueDriver, RamRegion } from "../frontend/mod.ts";
 
 /** What to do, and how much of it. */
 export interface Load {
   readonly operation: "read" | "write";
-  /** Requests outstanding. */
+  /** Requests outstanding, in each queue. */
   readonly depth: number;
   readonly requestBytes: number;
+  /** Buffers that a request's data is in; 1 unless given. */
+  readonly segments?: number;
+  /** The run ends after so long, or after so many requests in each queue. */
   readonly durationMs?: number;
   readonly requestCount?: number;
   readonly isRandom?: boolean;
@@ -30,7 +28,7 @@ export interface Load {
   readonly verifies?: boolean;
 }
 
-/** What came of it. */
+/** What came of it, of all queues. */
 export interface LoadFigures {
   readonly requests: number;
   readonly errors: number;
@@ -42,88 +40,81 @@ export interface LoadFigures {
   readonly p99: number;
 }
 
-/** How the ring is. */
-export interface LoadOptions {
-  /** Tables for requests; true unless given. */
-  readonly indirect?: boolean;
-  /** 256 unless given. */
-  readonly queueSize?: number;
-  /** A packed ring; a split one unless given. */
-  readonly packed?: boolean;
-  /** Protocol features that are acked; all that are known unless given. */
-  readonly protocolFeatures?: bigint;
-  /** Has requests tracked in an inflight region. */
-  readonly recovers?: boolean;
+/** What the generator works on; it owns none of it. */
+export interface LoadTarget {
+  readonly region: RamRegion;
+  readonly queues: readonly QueueDriver[];
+  /** Negotiated features. */
+  readonly features: bigint;
+  /** Of 512 bytes. */
+  readonly sectors: bigint;
 }
 
-/** VIRTIO_BLK_F_FLUSH. */
-const blkFlush = 9;
-const dataBytes = 32 << 20;
+/** Guest memory for the buffers of one queue. */
+export const dataBytes = 8 << 20;
 
-/** A connection to a vhost-user-blk back-end for running loads on. */
-export class LoadGenerator {
-  readonly #device: VhostUserDevice<QueueDriver>;
-  readonly #sectors: bigint;
-  readonly #data: bigint;
+/** One queue of a target, and where its run goes on. */
+interface LoadQueue {
+  readonly driver: QueueDriver;
+  readonly data: bigint;
+  /** Of a packed ring. */
+  position: number;
+}
 
-  #log: DirtyLog | undefined;
-  /** Where a packed ring goes on. */
-  #position = 0x8000;
+/** Puts loads on the queues of a disk. */
+export class Loads {
+  readonly #target: LoadTarget;
+  readonly #queues: readonly LoadQueue[];
 
-  private constructor(device: VhostUserDevice<QueueDriver>, sectors: bigint) {
-    this.#device = device;
-    this.#sectors = sectors;
-    this.#data = device.ram.allocate(dataBytes, 4096);
-  }
-
-  /** Connects; the rings are split, indirect and of 256 unless told. */
-  static async open(
-    path: string,
-    options: LoadOptions = {},
-  ): Promise<LoadGenerator> {
-    const features = featureMask(
-      VirtioFeature.VERSION_1,
-      VirtioFeature.PROTOCOL_FEATURES,
-      VirtioFeature.RING_EVENT_IDX,
-      // Who cannot flush has every write made durable before it completes.
-      blkFlush,
-      ...(options.indirect === false ? [] : [VirtioFeature.RING_INDIRECT_DESC]),
-    );
-    const device = await VhostUserDevice.open({
-      path,
-      features,
-      queueSize: options.queueSize ?? 256,
-      ramSize: 64 << 20,
-      usesCalls: false,
-      packed: options.packed ?? false,
-      protocolFeatures: options.protocolFeatures,
-      recovers: options.recovers ?? false,
+  /** The region needs room for `dataBytes` for each queue. */
+  constructor(target: LoadTarget) {
+    this.#target = target;
+    const { allocator, gpa } = target.region;
+    this.#queues = target.queues.map((driver) => {
+      const offset = allocator.allocate(dataBytes, 4096);
+      if (offset === null) throw new Error("The region has no room for data");
+      return { driver, data: gpa + BigInt(offset), position: 0x8000 };
     });
-    const config = await device.getConfig(0, 8);
-    return new LoadGenerator(
-      device,
-      new DataView(config.buffer, config.byteOffset).getBigUint64(0, true),
-    );
   }
 
-  /** As a migration begins: all is logged; call `takeDirty` now and then. */
-  async startLog(): Promise<void> {
-    this.#log = await this.#device.startLog();
-  }
-
-  /** As a migration that looks at the log: how many pages were marked. */
-  takeDirty(): number {
-    return this.#log?.take().length ?? 0;
-  }
-
-  /** Blocks until the load is done. */
+  /** Blocks until the load is done, on all queues. */
   run(load: Load): LoadFigures {
+    const size = layouts.LoadConfig.byteSize;
+    const count = this.#queues.length;
+    const configs = new Uint8Array(size * count);
+    this.#queues.forEach((queue, i) => {
+      this.#encode(new DataView(configs.buffer, i * size, size), load, queue);
+    });
+    const stride = layouts.LoadResult.byteSize / 8;
+    const out = new BigUint64Array(stride * count);
+    const code = count === 1
+      ? core.loadRun(configs, out)
+      : core.loadRunQueues(configs, count, out);
+    const value = (offset: number, i: number) =>
+      Number(out[i * stride + offset / 8]);
+    const field = layouts.LoadResult;
+    this.#queues.forEach((queue, i) => {
+      queue.position = value(field.position, i);
+    });
+    check(code, `Cannot run a load of depth ${load.depth}`);
+    const sum = (offset: number) =>
+      this.#queues.reduce((total, _, i) => total + value(offset, i), 0);
+    const requests = sum(field.requests);
+    return {
+      requests,
+      errors: sum(field.errors),
+      perSecond: requests / (value(field.elapsedNs, 0) / 1e9),
+      kicks: sum(field.kicks),
+      calls: sum(field.calls),
+      p50: value(field.p50Ns, 0),
+      p99: value(field.p99Ns, 0),
+    };
+  }
+
+  #encode(config: DataView, load: Load, { driver, data, position }: LoadQueue) {
     const field = layouts.LoadConfig;
-    const config = new DataView(new ArrayBuffer(field.byteSize));
-    const out = new BigUint64Array(layouts.LoadResult.byteSize / 8);
-    const [region] = this.#device.ram.regions;
-    const [queue] = this.#device.queues;
-    const { addresses } = queue.ring;
+    const { region, features, sectors } = this.#target;
+    const { addresses } = driver.ring;
     const set64 = (offset: number, value: bigint | number) =>
       config.setBigUint64(offset, BigInt(value), true);
     const set32 = (offset: number, value: number) =>
@@ -134,15 +125,15 @@ export class LoadGenerator {
     set64(field.descriptorOffset, addresses.descriptor - region.gpa);
     set64(field.availableOffset, addresses.available - region.gpa);
     set64(field.usedOffset, addresses.used - region.gpa);
-    set64(field.dataOffset, this.#data - region.gpa);
-    set64(field.features, this.#device.features);
-    set64(field.diskSectors, this.#sectors);
+    set64(field.dataOffset, data - region.gpa);
+    set64(field.features, features);
+    set64(field.diskSectors, sectors);
     set64(field.requestCount, load.requestCount ?? 0);
     set64(field.seed, 42);
-    set32(field.queueSize, queue.queueSize);
+    set32(field.queueSize, driver.queueSize);
     set32(field.depth, load.depth);
     set32(field.requestBytes, load.requestBytes);
-    set32(field.segmentCount, 1);
+    set32(field.segmentCount, load.segments ?? 1);
     set32(field.durationMs, load.durationMs ?? 0);
     set32(field.timeoutMs, 10_000);
     set32(
@@ -155,27 +146,8 @@ export class LoadGenerator {
         (load.spins ? constants.flagLoadSpin : 0) |
         (load.verifies ? constants.flagLoadVerify : 0),
     );
-    config.setInt32(field.kickFd, queue.kickFd, true);
-    config.setInt32(field.callFd, queue.callFd, true);
-    set32(field.position, this.#position);
-    const result = layouts.LoadResult;
-    const value = (offset: number) => Number(out[offset / 8]);
-    const code = core.loadRun(config, out);
-    this.#position = value(result.position);
-    check(code, `Cannot run a load of depth ${load.depth}`);
-    const requests = value(result.requests);
-    return {
-      requests,
-      errors: value(result.errors),
-      perSecond: requests / (value(result.elapsedNs) / 1e9),
-      kicks: value(result.kicks),
-      calls: value(result.calls),
-      p50: value(result.p50Ns),
-      p99: value(result.p99Ns),
-    };
-  }
-
-  close(): Promise<void> {
-    return this.#device.close();
+    config.setInt32(field.kickFd, driver.kickFd, true);
+    config.setInt32(field.callFd, driver.callFd, true);
+    set32(field.position, position);
   }
 }

@@ -1,5 +1,5 @@
 /**
- * Measuring two things in turns (A B B A), and what is quoted: medians.
+ * Measuring things in turns (A B B A), and what is quoted: medians.
  *
  * @module
  */
@@ -12,32 +12,42 @@ export function median(values: readonly number[]): number {
     : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** Medians of the two, and of the ratio a/b pair by pair. */
-export interface Comparison {
-  readonly a: number;
-  readonly b: number;
-  readonly ratio: number;
+/** Measures one of several things once. */
+export type Once = () => number | Promise<number>;
+
+/**
+ * Each of `things` once in each of `rounds`, a different one first each time;
+ * the figures of a round are beside each other.
+ */
+export async function inTurns(
+  things: readonly Once[],
+  rounds: number,
+): Promise<number[][]> {
+  const found: number[][] = [];
+  for (let round = 0; round < rounds; round++) {
+    const figures: number[] = new Array(things.length);
+    for (let i = 0; i < things.length; i++) {
+      const which = (round + i) % things.length;
+      figures[which] = await things[which]();
+    }
+    found.push(figures);
+  }
+  return found;
 }
 
-/** Runs a and b in turns, `rounds` times each. */
-export function compare(
-  a: () => number,
-  b: () => number,
-  rounds: number,
-): Comparison {
-  const pairs: [number, number][] = [];
-  for (let round = 0; round < rounds; round++) {
-    if (round % 2 === 0) {
-      const first = a();
-      pairs.push([first, b()]);
-    } else {
-      const first = b();
-      pairs.push([a(), first]);
-    }
-  }
-  return {
-    a: median(pairs.map(([value]) => value)),
-    b: median(pairs.map(([, value]) => value)),
-    ratio: median(pairs.map(([x, y]) => x / y)),
-  };
+/** The median of column `which`. */
+export function medianOf(
+  found: readonly (readonly number[])[],
+  which: number,
+): number {
+  return median(found.map((figures) => figures[which]));
+}
+
+/** The median of the rounds' ratios of column `a` to column `b`. */
+export function medianRatio(
+  found: readonly (readonly number[])[],
+  a: number,
+  b: number,
+): number {
+  return median(found.map((figures) => figures[a] / figures[b]));
 }

@@ -1,21 +1,30 @@
 /**
- * The back-ends that are compared, each in a process of its own, pinned to a
- * processor.
+ * The back-ends that are compared, each in a process of its own, pinned to
+ * processors.
  *
  * @module
  */
 
-import { type ChildProcess, spawn, spawnSync } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync, rmSync, watch } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
-import process from "node:process";
-import { fileURLToPath } from "node:url";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { Child } from "./child.ts";
+import {
+  backendCpu,
+  isInstalled,
+  ownRuntime,
+  pinned,
+  type Runtime,
+  script,
+} from "./programs.ts";
 
 /** By whom a disk of ours is served: the event loop unless given. */
 export interface Service {
   readonly workers?: number;
   readonly pollMicroseconds?: number;
+  /** Queues that the disk offers; 1 unless given. */
+  readonly queues?: number;
 }
 
 /** What a disk is made of. */
@@ -26,88 +35,109 @@ export type Disk =
 
 /** A running back-end. */
 export interface Peer {
-  readonly name: string;
-  readonly socketPath: string;
   readonly pid: number;
+  /** The socket of its disk number `index`. */
+  socketPath(index?: number): string;
   /** Sends a word on its standard input and returns the line it answers. */
   ask(word: string): Promise<string>;
   stop(): Promise<void>;
 }
 
-const here = dirname(fileURLToPath(import.meta.url));
-
-/** Whether QEMU's storage daemon is installed. */
-export function hasStorageDaemon(): boolean {
-  return spawnSync("qemu-storage-daemon", ["--version"]).status === 0;
+/** How a back-end is started. */
+export interface PeerOptions {
+  readonly disk: Disk;
+  readonly service?: Service;
+  /** Those it may use, as `taskset -c` has them; the back-ends' own unless given. */
+  readonly cpus?: string;
 }
 
-async function start(
-  name: string,
-  command: string[],
-  folder: string,
-  socketPath: string,
-  cpu: number,
-): Promise<Peer> {
-  const child = spawn("taskset", ["-c", String(cpu), ...command], {
-    stdio: ["pipe", "pipe", "inherit"],
-  });
-  const lines: string[] = [];
-  let wake: (() => void) | undefined;
-  let rest = "";
-  child.stdout!.setEncoding("utf8").on("data", (text: string) => {
-    const parts = (rest + text).split("\n");
-    rest = parts.pop()!;
-    lines.push(...parts);
-    wake?.();
-  });
-  const line = async () => {
-    while (lines.length === 0) {
-      await new Promise<void>((resolve) => wake = resolve);
-    }
-    return lines.shift()!;
-  };
-  await appeared(folder, socketPath, child);
+/** How one of ours is. */
+export interface OursOptions extends PeerOptions {
+  /** Equal disks in the one process; 1 unless given. */
+  readonly count?: number;
+  /** The one that runs the bench unless given. */
+  readonly runtime?: Runtime;
+  /** More flags of V8. */
+  readonly flags?: readonly string[];
+  /** Another copy of the project. */
+  readonly project?: string;
+}
+
+function peerOf(child: Child, folder: string): Peer {
   return {
-    name,
-    socketPath,
-    pid: child.pid!,
-    ask(word) {
-      lines.length = 0;
-      child.stdin!.write(`${word}\n`);
-      return line();
-    },
+    pid: child.pid,
+    socketPath: (index = 0) => join(folder, `${index}.sock`),
+    ask: (word) => child.ask(word),
     async stop() {
-      const ended = new Promise((resolve) => child.once("close", resolve));
-      child.kill("SIGTERM");
-      await ended;
+      await child.stop();
       rmSync(folder, { recursive: true, force: true });
     },
   };
 }
 
-/** Resolves when the socket listens: its name appears in the folder. */
-function appeared(
-  folder: string,
-  path: string,
-  child: ChildProcess,
-): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const watcher = watch(folder, () => look());
-    const look = () => {
-      if (!isListening(path)) return;
-      watcher.close();
-      clearInterval(timer);
-      resolve();
-    };
-    // The storage daemon listens some time after the name is there.
-    const timer = setInterval(look, 20);
-    child.once("close", (code) => {
-      watcher.close();
-      clearInterval(timer);
-      reject(new Error(`The back-end ended with ${code} before it listened`));
-    });
-    look();
-  });
+/** This library. */
+export async function startOurs(options: OursOptions): Promise<Peer> {
+  const { runtime = ownRuntime, count = 1 } = options;
+  const flags = ["--expose-gc", ...options.flags ?? []];
+  const command = await script("backend", runtime, flags, options.project);
+  const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
+  const child = new Child(pinned(options.cpus ?? String(backendCpu), [
+    ...command,
+    ...[folder, String(count)],
+    JSON.stringify(options.disk),
+    JSON.stringify(options.service ?? {}),
+  ]));
+  const peer = peerOf(child, folder);
+  try {
+    await child.line();
+    return peer;
+  } catch (error) {
+    await peer.stop();
+    throw error;
+  }
+}
+
+/** What is missing for comparisons with QEMU's storage daemon, or null. */
+export function storageDaemonMissing(): string | null {
+  return isInstalled("qemu-storage-daemon")
+    ? null
+    : "qemu-storage-daemon is missing; run: apt-get install qemu-utils";
+}
+
+function blockNode(disk: Disk): string {
+  switch (disk.kind) {
+    case "null":
+      return `driver=null-co,size=${disk.size},read-zeroes=off`;
+    case "memory":
+      // It has no disk in memory: the nearest are reads that give zeros.
+      return `driver=null-co,size=${disk.size},read-zeroes=on`;
+    case "file":
+      return `driver=file,filename=${disk.path},aio=io_uring`;
+  }
+}
+
+/** QEMU's storage daemon with the same disk. */
+export async function startStorageDaemon(options: PeerOptions): Promise<Peer> {
+  const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
+  const path = join(folder, "0.sock");
+  const queues = options.service?.queues ?? 1;
+  const child = new Child(pinned(options.cpus ?? String(backendCpu), [
+    "qemu-storage-daemon",
+    "--blockdev",
+    `${blockNode(options.disk)},node-name=n`,
+    "--export",
+    `type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=${path},writable=on,num-queues=${queues}`,
+  ]));
+  const peer = peerOf(child, folder);
+  // It says nothing, and listens some time after the name is there.
+  while (!isListening(path)) {
+    if (child.hasEnded) {
+      await peer.stop();
+      throw new Error("qemu-storage-daemon ended before it listened");
+    }
+    await sleep(20);
+  }
+  return peer;
 }
 
 function isListening(path: string): boolean {
@@ -116,66 +146,4 @@ function isListening(path: string): boolean {
   return readFileSync("/proc/net/unix", "utf8").split("\n").some((row) =>
     row.endsWith(` ${path}`) && row.includes(" 00010000 ")
   );
-}
-
-/** This library, in the runtime that runs the bench. */
-export function startOurs(
-  disk: Disk,
-  cpu: number,
-  count = 1,
-  service: Service = {},
-): Promise<Peer> {
-  const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
-  const socketPath = join(folder, "0.sock");
-  const flags = "Deno" in globalThis
-    ? ["run", "--allow-all", "--v8-flags=--expose-gc"]
-    : ["--expose-gc"];
-  const extension = import.meta.url.endsWith(".ts") ? "ts" : "js";
-  return start(
-    "vhost2",
-    [
-      process.execPath,
-      ...flags,
-      join(here, `backend.${extension}`),
-      folder,
-      String(count),
-      JSON.stringify(disk),
-      JSON.stringify(service),
-    ],
-    folder,
-    socketPath,
-    cpu,
-  );
-}
-
-/** QEMU's storage daemon with the same disk. */
-export function startStorageDaemon(disk: Disk, cpu: number): Promise<Peer> {
-  const folder = mkdtempSync(join(tmpdir(), "vhost2-bench-"));
-  const socketPath = join(folder, "0.sock");
-  const node = disk.kind === "file"
-    ? `driver=file,filename=${disk.path},aio=io_uring,node-name=n`
-    : `driver=null-co,size=${disk.size},read-zeroes=${
-      disk.kind === "memory" ? "on" : "off"
-    },node-name=n`;
-  return start(
-    "qemu-storage-daemon",
-    [
-      "qemu-storage-daemon",
-      "--blockdev",
-      node,
-      "--export",
-      `type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=${socketPath},writable=on`,
-    ],
-    folder,
-    socketPath,
-    cpu,
-  );
-}
-
-/** Kilobytes of a process: private and mapped files, shared memory apart. */
-export function residentKilobytes(pid: number): { anon: number; file: number } {
-  const status = readFileSync(`/proc/${pid}/status`, "utf8");
-  const field = (name: string) =>
-    Number(new RegExp(`^${name}:\\s+(\\d+)`, "m").exec(status)?.[1] ?? 0);
-  return { anon: field("RssAnon"), file: field("RssFile") };
 }

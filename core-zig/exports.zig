@@ -6,7 +6,9 @@
 const std = @import("std");
 const builtin = @import("builtin");
 const abi = @import("abi.zig");
-const layout = @import("layout.zig");
+/// Public for programs that link the core instead of loading it (bench/native).
+pub const layout = @import("layout.zig");
+pub const copyBytes = memory.copyBytes;
 const process = @import("process.zig");
 const descriptor = @import("descriptor.zig");
 const socket = @import("socket.zig");
@@ -21,6 +23,7 @@ const inflight = @import("ring/inflight.zig");
 const file = @import("file/engine.zig");
 const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
+const queues_driver = @import("ring/load_queues.zig");
 const net = @import("net/burst.zig");
 const tap = @import("net/tap.zig");
 const vfio = @import("vfio/vfio.zig");
@@ -159,6 +162,7 @@ pub const manifest = .{
 
     // The other side of the ring, for load generation (frontend/)
     .{ "load_run", driver.run, "config result_out" },
+    .{ "load_run_queues", queues_driver.run, "configs count results_out" },
 };
 
 comptime {
@@ -174,6 +178,7 @@ test {
     _ = abi;
     _ = @import("handles.zig");
     _ = @import("sync.zig");
+    _ = @import("objects.zig");
     _ = @import("linux.zig");
     _ = process;
     _ = descriptor;

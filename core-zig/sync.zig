@@ -7,8 +7,7 @@ const std = @import("std");
 const builtin = @import("builtin");
 const linux = std.os.linux;
 
-/// Objects are few and long-lived; page granularity keeps them apart.
-pub const allocator = if (builtin.is_test) std.testing.allocator else std.heap.page_allocator;
+pub const allocator = if (builtin.is_test) std.testing.allocator else @import("objects.zig").allocator;
 
 pub const Mutex = struct {
     /// 0 free, 1 held, 2 held with waiters.

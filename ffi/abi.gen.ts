@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 181940176;
+export const abiHash = 274124948;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -610,6 +610,12 @@ export const functions = {
     symbol: "vhost2_load_run",
     parameters: ["buffer", "buffer"],
     names: "config, resultOut",
+    result: "i32",
+  },
+  loadRunQueues: {
+    symbol: "vhost2_load_run_queues",
+    parameters: ["buffer", "u32", "buffer"],
+    names: "configs, count, resultsOut",
     result: "i32",
   },
 } as const;

@@ -53,11 +53,12 @@ pub const DirtyLog = struct {
     /// Held by whoever changes something, one at a time.
     lock: sync.Mutex,
 
+    /// Of zeroed pages: `rings` is left as it is, so that what no ring uses
+    /// takes no memory.
     pub fn init(self: *DirtyLog) void {
         self.log = .init(null);
         self.is_logging = .init(false);
         self.event = .init(-1);
-        for (&self.rings) |*ring| ring.* = .{ .state = .init(0), .addresses = .{ .init(0), .init(0) } };
         self.lap = .init(0);
         self.writers = .{ .init(0), .init(0) };
         self.lock = .{};

@@ -22,6 +22,63 @@ const Range = struct {
     view_first: u32,
 };
 
+/// The ranges of one address space, in the order of their starts.
+const Space = struct {
+    ranges: []Range,
+    /// Where to look for an address: the space from the first start on is cut
+    /// into buckets of 2^shift bytes, and for each this is the range in which
+    /// its first byte is, or the last one before that.
+    buckets: []u16,
+    shift: u6,
+
+    const empty: Space = .{ .ranges = &.{}, .buckets = &.{}, .shift = 0 };
+    /// For one range: as regions of a guest are of like sizes, most buckets
+    /// see one border at most.
+    const buckets_per_range = 4;
+
+    fn bucketsAtMost(count: usize) usize {
+        return count * buckets_per_range + 1;
+    }
+
+    /// Of sorted ranges; `room` is for as many buckets as there are at most.
+    fn over(ranges: []Range, room: []u16) Space {
+        if (ranges.len == 0) return .empty;
+        const first = ranges[0].start;
+        const span = ranges[ranges.len - 1].start - first;
+        var shift: u6 = 0;
+        while (span >> shift >= ranges.len * buckets_per_range) shift += 1;
+        // One more, for the end of the last.
+        const buckets = room[0..@intCast((span >> shift) + 2)];
+        var at: u16 = 0;
+        for (buckets, 0..) |*bucket, number| {
+            const distance = @as(u128, number) << shift;
+            while (at + 1 < ranges.len and ranges[at + 1].start - first <= distance) at += 1;
+            bucket.* = at;
+        }
+        return .{ .ranges = ranges, .buckets = buckets, .shift = shift };
+    }
+
+    /// Index of the last range that starts at or below `address`, if it holds
+    /// it. A guest's addresses are not to be predicted, and a wrong guess costs
+    /// as much as a search: few steps, and no branches within them.
+    fn find(self: *const Space, address: u64) ?u32 {
+        if (self.buckets.len == 0) return null;
+        const ranges = self.ranges;
+        const bucket = (address -% ranges[0].start) >> self.shift;
+        // Behind the last start, or, having wrapped, before the first.
+        const known: usize = @intCast(@min(bucket, self.buckets.len - 2));
+        var low: usize = self.buckets[known];
+        var count = self.buckets[known + 1] - low + 1;
+        while (count > 1) {
+            const half = count / 2;
+            low += half & -%@as(usize, @intFromBool(ranges[low + half].start <= address));
+            count -= half;
+        }
+        if (address < ranges[low].start or address > ranges[low].last) return null;
+        return @intCast(low);
+    }
+};
+
 /// A window of a region; `pointer` is null for a number that is not in use.
 const View = struct {
     pointer: ?[*]u8 = null,
@@ -43,38 +100,54 @@ pub const Piece = struct {
 pub const Cache = struct { index: u32 = 0 };
 
 pub const Table = struct {
-    /// In the order of gpa, as `ranges[space_gpa]`.
+    /// All parts of it lie here: one page, where there are a few regions.
+    block: []align(8) u8,
+    /// In the order of gpa, as the ranges of `spaces[space_gpa]`.
     regions: []Region,
-    ranges: [2][]Range,
+    spaces: [2]Space,
     views: []View,
     /// The list of tables that wait for their last reader.
     next: ?*Table = null,
 
-    pub const empty: Table = .{ .regions = &.{}, .ranges = .{ &.{}, &.{} }, .views = &.{} };
+    pub const empty: Table = .{ .block = &.{}, .regions = &.{}, .spaces = .{ .empty, .empty }, .views = &.{} };
 
     /// `regions` do not overlap in either space and have their view numbers.
     pub fn build(regions: []const Region) error{OutOfMemory}!*Table {
-        const self = try sync.allocator.create(Table);
-        errdefer sync.allocator.destroy(self);
-        const sorted = try sync.allocator.dupe(Region, regions);
-        errdefer sync.allocator.free(sorted);
-        std.sort.pdq(Region, sorted, {}, lessGpa);
-        const by_gpa = try sync.allocator.alloc(Range, regions.len);
-        errdefer sync.allocator.free(by_gpa);
-        const by_uva = try sync.allocator.alloc(Range, regions.len);
-        errdefer sync.allocator.free(by_uva);
+        const count = regions.len;
         var view_end: u32 = 0;
+        for (regions) |region| view_end = @max(view_end, region.mapping.view_first + region.mapping.view_count);
+        const buckets = Space.bucketsAtMost(count);
+        const size = @sizeOf(Table) + count * (@sizeOf(Region) + 2 * @sizeOf(Range)) +
+            view_end * @sizeOf(View) + 2 * buckets * @sizeOf(u16);
+        const block = try sync.allocator.alignedAlloc(u8, .@"8", size);
+        errdefer sync.allocator.free(block);
+        var room: std.heap.FixedBufferAllocator = .init(block);
+        const parts = room.allocator();
+        const self = try parts.create(Table);
+        const sorted = try parts.dupe(Region, regions);
+        const by_gpa = try parts.alloc(Range, count);
+        const by_uva = try parts.alloc(Range, count);
+        const views = try parts.alloc(View, view_end);
+        std.sort.pdq(Region, sorted, {}, lessGpa);
+        fill(sorted, by_gpa, by_uva, views);
+        self.* = .{
+            .block = block,
+            .regions = sorted,
+            .spaces = .{
+                .over(by_gpa, try parts.alloc(u16, buckets)),
+                .over(by_uva, try parts.alloc(u16, buckets)),
+            },
+            .views = views,
+        };
+        return self;
+    }
+
+    fn fill(sorted: []const Region, by_gpa: []Range, by_uva: []Range, views: []View) void {
+        @memset(views, .{});
         for (sorted, by_gpa, by_uva) |region, *gpa, *uva| {
             const mapping = region.mapping;
             gpa.* = .{ .start = region.gpa, .last = region.gpa + (region.size - 1), .pointer = mapping.pointer(), .view_first = mapping.view_first };
             uva.* = .{ .start = region.uva, .last = region.uva + (region.size - 1), .pointer = mapping.pointer(), .view_first = mapping.view_first };
-            view_end = @max(view_end, mapping.view_first + mapping.view_count);
-        }
-        std.sort.pdq(Range, by_uva, {}, lessStart);
-        const views = try sync.allocator.alloc(View, view_end);
-        @memset(views, .{});
-        for (sorted) |region| {
-            const mapping = region.mapping;
             for (views[mapping.view_first..][0..mapping.view_count], 0..) |*view, number| {
                 const offset = @as(u64, number) << layout.view_shift;
                 view.* = .{
@@ -85,15 +158,11 @@ pub const Table = struct {
                 };
             }
         }
-        self.* = .{ .regions = sorted, .ranges = .{ by_gpa, by_uva }, .views = views };
-        return self;
+        std.sort.pdq(Range, by_uva, {}, lessStart);
     }
 
     pub fn destroy(self: *Table) void {
-        sync.allocator.free(self.regions);
-        for (self.ranges) |ranges| sync.allocator.free(ranges);
-        sync.allocator.free(self.views);
-        sync.allocator.destroy(self);
+        sync.allocator.free(self.block);
     }
 
     fn lessGpa(_: void, a: Region, b: Region) bool {
@@ -104,25 +173,9 @@ pub const Table = struct {
         return a.start < b.start;
     }
 
-    /// Index of the last range that starts at or below `address`, if it holds it.
-    fn find(ranges: []const Range, address: u64) ?u32 {
-        if (ranges.len == 0) return null;
-        // Without branches: a guest's addresses are not to be predicted, and
-        // a wrong guess costs as much as the whole search.
-        var low: usize = 0;
-        var count = ranges.len;
-        while (count > 1) {
-            const half = count / 2;
-            low += half & -%@as(usize, @intFromBool(ranges[low + half].start <= address));
-            count -= half;
-        }
-        if (address < ranges[low].start or address > ranges[low].last) return null;
-        return @intCast(low);
-    }
-
     /// The region that starts at exactly `gpa`.
     pub fn regionAt(self: *const Table, gpa: u64) ?*const Region {
-        const index = find(self.ranges[layout.space_gpa], gpa) orelse return null;
+        const index = self.spaces[layout.space_gpa].find(gpa) orelse return null;
         const region = &self.regions[index];
         return if (region.gpa == gpa) region else null;
     }
@@ -132,10 +185,10 @@ pub const Table = struct {
     /// was asked for; whether the sum wraps does not matter.
     pub fn piece(self: *const Table, cache: *Cache, space: u32, address: u64, length: u64) ?Piece {
         if (length == 0 or space > layout.space_uva) return null;
-        const ranges = self.ranges[space];
+        const ranges = self.spaces[space].ranges;
         var index = cache.index;
         if (index >= ranges.len or address < ranges[index].start or address > ranges[index].last) {
-            index = find(ranges, address) orelse return null;
+            index = self.spaces[space].find(address) orelse return null;
             cache.index = index;
         }
         const range = &ranges[index];
@@ -155,8 +208,8 @@ pub const Table = struct {
     /// The whole range when it is inside one region, else null.
     pub fn whole(self: *const Table, space: u32, address: u64, length: u64) ?[*]u8 {
         if (length == 0 or space > layout.space_uva) return null;
-        const ranges = self.ranges[space];
-        const range = &ranges[find(ranges, address) orelse return null];
+        const here = &self.spaces[space];
+        const range = &here.ranges[here.find(address) orelse return null];
         if (length - 1 > range.last - address) return null;
         return range.pointer + @as(usize, address - range.start);
     }
@@ -180,7 +233,7 @@ pub const Table = struct {
     pub fn translate(self: *const Table, space: u32, address: u64, length: u64) ?layout.Translation {
         var cache: Cache = .{};
         const found = self.piece(&cache, space, address, length) orelse return null;
-        const range = &self.ranges[space][cache.index];
+        const range = &self.spaces[space].ranges[cache.index];
         return .{
             .view = found.view,
             .offset = found.offset,
@@ -234,6 +287,49 @@ test "each address of 1, 64 and 509 regions is found, and no other" {
         try testing.expect(table.piece(&cache, layout.space_gpa, std.math.maxInt(u64), std.math.maxInt(u64)) == null);
         try testing.expect(table.piece(&cache, 2, regions[0].gpa, 1) == null);
         try testing.expect(table.piece(&cache, layout.space_gpa, regions[0].gpa, 0) == null);
+    }
+}
+
+test "regions of unlike sizes, close together and far apart, are found by either address" {
+    var mappings: [200]Mapping = undefined;
+    var random: std.Random.SplitMix64 = .init(7);
+    for (0..50) |round| {
+        var regions: [200]Region = undefined;
+        // From crowded at one end to spread over the whole space.
+        const count = 1 + random.next() % regions.len;
+        const bits: u6 = @intCast(round);
+        var gpa: u64 = random.next() >> 20;
+        var uva: u64 = random.next() >> 2;
+        for (regions[0..count], mappings[0..count], 0..) |*region, *mapping, index| {
+            const size = 0x1000 * (1 + (random.next() >> 58));
+            mapping.* = .{ .index = 0, .address = 0x1000_0000 + index * 0x1_0000_0000, .size = size, .view_first = @intCast(index), .view_count = 1 };
+            region.* = .{ .gpa = gpa, .uva = uva, .size = size, .mapping = mapping };
+            // Some are neighbours, and one is far away.
+            const gap = if (index % 3 == 0) 0 else random.next() >> @max(20, 63 - bits);
+            gpa += size + gap;
+            uva += size + if (index == count / 2) @as(u64, 1) << 61 else gap & 0xffff_f000;
+        }
+        const table = try Table.build(regions[0..count]);
+        defer table.destroy();
+        for (regions[0..count], 0..) |region, index| {
+            for ([_]u64{ 0, region.size / 2, region.size - 1 }) |offset| {
+                for ([_]u32{ layout.space_gpa, layout.space_uva }, [_]u64{ region.gpa, region.uva }) |space, start| {
+                    var cache: Cache = .{ .index = @intCast(count) };
+                    const found = table.piece(&cache, space, start + offset, 1).?;
+                    try testing.expectEqual(mappings[index].address + offset, @intFromPtr(found.pointer));
+                }
+            }
+            // Right behind it is the next one, or nothing.
+            const behind = region.gpa + region.size;
+            const next = index + 1 < count and regions[index + 1].gpa == behind;
+            try testing.expectEqual(next, table.whole(layout.space_gpa, behind, 1) != null);
+            const before = region.gpa -% 1;
+            const previous = index > 0 and regions[index - 1].gpa + regions[index - 1].size == region.gpa;
+            try testing.expectEqual(previous, table.whole(layout.space_gpa, before, 1) != null);
+        }
+        for ([_]u64{ 0, std.math.maxInt(u64), regions[0].gpa -% 1, gpa +% (1 << 62) }) |address| {
+            try testing.expect(table.whole(layout.space_gpa, address, 1) == null);
+        }
     }
 }
 

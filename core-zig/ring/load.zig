@@ -2,7 +2,8 @@
 //! set up memory, ring and features, and `run` keeps virtio-blk requests
 //! outstanding on it, natively, so that what is measured is the back-end.
 //! It writes each descriptor anew for each request, as a guest's driver does.
-//! What is particular to a format is in load_split.zig and load_packed.zig.
+//! What is particular to a format is in load_split.zig and load_packed.zig;
+//! several queues at once are driven by load_queues.zig.
 
 const std = @import("std");
 const layout = @import("../layout.zig");
@@ -59,25 +60,14 @@ pub fn run(config: *const LoadConfig, result: *layout.LoadResult) callconv(.c) i
 }
 
 fn runOn(comptime Side: type, config: *const LoadConfig, result: *layout.LoadResult) i32 {
-    if (config.position == layout.load_position_lost) return linux.fail(.BUSY);
-    var driver = Driver(Side).init(config, result) orelse return linux.fail(.INVAL);
-    // Requests of an earlier run may still write into the data area.
-    if (!driver.side.isIdle()) return linux.fail(.BUSY);
-    driver.slots = sync.allocator.alloc(Slot, config.depth) catch return linux.fail(.NOMEM);
-    defer sync.allocator.free(driver.slots);
-    for (driver.slots, 0..) |*slot, i| slot.* = .{ .next_free = @intCast(i + 1) };
-    const start_ns = now();
-    const start_ticks = latency.ticks();
-    const code = driver.runAll(start_ns);
-    result.elapsed_ns = now() - start_ns;
-    result.position = driver.side.position();
-    const ns_per_tick = float(result.elapsed_ns) / float(@max(1, latency.ticks() -% start_ticks));
-    driver.takeCalls(0);
-    if (config.depth == 1) driver.latency.report(ns_per_tick, result);
-    return code;
+    var driver: Driver(Side) = undefined;
+    const refused = driver.open(config, result);
+    if (refused < 0) return refused;
+    defer driver.close();
+    return driver.runAll();
 }
 
-fn isUsable(config: *const LoadConfig) bool {
+pub fn isUsable(config: *const LoadConfig) bool {
     const size = config.queue_size;
     const per_request = config.segment_count +| 2;
     const has_indirect = has(config, feature_indirect);
@@ -96,7 +86,7 @@ fn float(value: u64) f64 {
     return @floatFromInt(value);
 }
 
-fn now() u64 {
+pub fn now() u64 {
     var time: sys.timespec = undefined;
     _ = sys.clock_gettime(.MONOTONIC, &time);
     return @as(u64, @intCast(time.sec)) * 1_000_000_000 + @as(u64, @intCast(time.nsec));
@@ -112,9 +102,9 @@ const Slot = struct {
 };
 
 /// What a phase does with the data: nothing, or verify's two halves.
-const Data = enum { ignored, written, compared };
+pub const Data = enum { ignored, written, compared };
 
-fn Driver(comptime Side: type) type {
+pub fn Driver(comptime Side: type) type {
     return struct {
         const Self = @This();
 
@@ -139,6 +129,33 @@ fn Driver(comptime Side: type) type {
         rounds: u32 = 0,
         sent_ticks: u64 = 0,
         latency: latency.Histogram = .{},
+        start_ns: u64 = 0,
+        start_ticks: u64 = 0,
+
+        /// `config` is usable. Returns 0, and then `close` ends it.
+        pub fn open(self: *Self, config: *const LoadConfig, result: *layout.LoadResult) i32 {
+            if (config.position == layout.load_position_lost) return linux.fail(.BUSY);
+            self.* = init(config, result) orelse return linux.fail(.INVAL);
+            // Requests of an earlier run may still write into the data area.
+            if (!self.side.isIdle()) return linux.fail(.BUSY);
+            self.slots = sync.allocator.alloc(Slot, config.depth) catch return linux.fail(.NOMEM);
+            for (self.slots, 0..) |*slot, i| slot.* = .{ .next_free = @intCast(i + 1) };
+            self.start_ns = now();
+            self.start_ticks = latency.ticks();
+            self.progress_ns = self.start_ns;
+            return 0;
+        }
+
+        /// Completes the result.
+        pub fn close(self: *Self) void {
+            const result = self.result;
+            result.elapsed_ns = now() - self.start_ns;
+            result.position = self.side.position();
+            const ns_per_tick = float(result.elapsed_ns) / float(@max(1, latency.ticks() -% self.start_ticks));
+            self.takeCalls(0);
+            if (self.config.depth == 1) self.latency.report(ns_per_tick, result);
+            sync.allocator.free(self.slots);
+        }
 
         fn init(config: *const LoadConfig, result: *layout.LoadResult) ?Self {
             const per_request = config.segment_count + 2;
@@ -172,28 +189,34 @@ fn Driver(comptime Side: type) type {
             return start[0..self.config.request_bytes];
         }
 
-        fn runAll(self: *Self, start_ns: u64) i32 {
+        fn runAll(self: *Self) i32 {
             const config = self.config;
-            self.progress_ns = start_ns;
             self.side.want(!self.spins);
             if (config.flags & layout.flag_load_verify == 0) {
-                const end = if (config.duration_ms == 0) std.math.maxInt(u64) else start_ns +| @as(u64, config.duration_ms) * 1_000_000;
-                const limit = if (config.request_count == 0) std.math.maxInt(u64) else config.request_count;
-                return self.phase(config.operation, .ignored, limit, end);
+                return self.phase(config.operation, .ignored, self.limit(), self.end());
             }
-            const limit = if (config.request_count == 0) self.blocks else config.request_count;
-            const code = self.phase(layout.load_write, .written, limit, std.math.maxInt(u64));
+            const count = if (config.request_count == 0) self.blocks else config.request_count;
+            const code = self.phase(layout.load_write, .written, count, std.math.maxInt(u64));
             if (code < 0) return code;
             // The same places again.
             self.random = .init(config.seed);
             self.sequence = 0;
-            return self.phase(layout.load_read, .compared, limit, std.math.maxInt(u64));
+            return self.phase(layout.load_read, .compared, count, std.math.maxInt(u64));
         }
 
-        /// Sends `limit` requests, or as many as go out before `end_ns`, and waits
+        /// How many requests, and until when, in a run that does not verify.
+        pub fn limit(self: *const Self) u64 {
+            return if (self.config.request_count == 0) std.math.maxInt(u64) else self.config.request_count;
+        }
+
+        pub fn end(self: *const Self) u64 {
+            return if (self.config.duration_ms == 0) std.math.maxInt(u64) else self.start_ns +| @as(u64, self.config.duration_ms) * 1_000_000;
+        }
+
+        /// Sends `count` requests, or as many as go out before `end_ns`, and waits
         /// for all of them.
-        fn phase(self: *Self, operation: u32, data: Data, limit: u64, end_ns: u64) i32 {
-            var left = limit;
+        fn phase(self: *Self, operation: u32, data: Data, count: u64, end_ns: u64) i32 {
+            var left = count;
             while (true) {
                 if (left != 0) {
                     const code = self.send(operation, data, &left);
@@ -220,7 +243,7 @@ fn Driver(comptime Side: type) type {
         }
 
         /// Makes all free slots available, then kicks once if the device wants it.
-        fn send(self: *Self, operation: u32, data: Data, left: *u64) i32 {
+        pub fn send(self: *Self, operation: u32, data: Data, left: *u64) i32 {
             while (left.* != 0 and self.free < self.slots.len) : (left.* -= 1) {
                 const number = self.free;
                 const slot = &self.slots[number];
@@ -290,7 +313,7 @@ fn Driver(comptime Side: type) type {
         }
 
         /// Takes what was completed; -EPROTO when that was not ours to take.
-        fn reap(self: *Self, data: Data) i32 {
+        pub fn reap(self: *Self, data: Data) i32 {
             if (!self.side.refresh(self.in_flight)) return linux.fail(.PROTO);
             if (!self.side.isReady()) return 0;
             if (self.slots.len == 1) self.latency.add(latency.ticks() -| self.sent_ticks);
@@ -355,5 +378,6 @@ fn hasPattern(buffer: []align(64) const u8, sector: u64, seed: u64) bool {
 
 test {
     _ = latency;
+    _ = @import("load_queues.zig");
     _ = @import("load_test.zig");
 }

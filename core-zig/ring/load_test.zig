@@ -7,6 +7,7 @@ const sync = @import("../sync.zig");
 const memory = @import("../memory/memory.zig");
 const rings = @import("ring.zig");
 const load = @import("load.zig");
+const load_queues = @import("load_queues.zig");
 const closeMemory = @import("fake_guest.zig").closeMemory;
 const sys = linux.linux;
 const expect = std.testing.expect;
@@ -309,4 +310,57 @@ test "a configuration that cannot be is refused" {
         @field(config, field[0]) = field[1];
         try expectEqual(linux.fail(.INVAL), disk.drive(&config, &result));
     }
+}
+
+test "several queues are driven in turns, each to its own end" {
+    for ([_]u64{ 1 << 29, feature_packed | 1 << 29 }) |features| {
+        var disks: [3]*Disk = undefined;
+        for (&disks) |*disk| disk.* = try Disk.start(features, .none);
+        defer for (disks) |disk| disk.stop();
+        var configs: [3]layout.LoadConfig = undefined;
+        var results: [3]layout.LoadResult = undefined;
+        for (disks, &configs, 1..) |disk, *config, i| {
+            config.* = disk.loadConfig();
+            config.flags = layout.flag_load_spin;
+            config.request_count = 100 * i;
+            config.position = disk.position;
+        }
+        // One of them ends by its duration.
+        configs[2].request_count = 0;
+        configs[2].duration_ms = 20;
+        try expectEqual(0, load_queues.run(&configs, configs.len, &results));
+        for (disks, results) |disk, result| {
+            try expectEqual(0, result.errors);
+            var state: layout.RingState = undefined;
+            _ = rings.state(disk.ring, &state);
+            try expectEqual(0, state.in_flight);
+            try expectEqual(result.requests, state.pushed);
+        }
+        try expectEqual(100, results[0].requests);
+        try expectEqual(200, results[1].requests);
+        try expect(results[2].requests > 0 and results[2].elapsed_ns >= 20_000_000);
+    }
+}
+
+test "of several queues one that hangs ends the run, and what cannot be is refused" {
+    const good = try Disk.start(0, .none);
+    defer good.stop();
+    const bad = try Disk.start(0, .silent);
+    defer bad.stop();
+    var configs = [2]layout.LoadConfig{ good.loadConfig(), bad.loadConfig() };
+    for (&configs) |*config| config.flags = layout.flag_load_spin;
+    var results: [2]layout.LoadResult = undefined;
+    configs[1].timeout_ms = 30;
+    try expectEqual(linux.fail(.TIMEDOUT), load_queues.run(&configs, 2, &results));
+    // What is left on the ring belongs to the failed run.
+    try expectEqual(linux.fail(.BUSY), load_queues.run(&configs, 2, &results));
+    configs[1].flags = 0;
+    try expectEqual(linux.fail(.INVAL), load_queues.run(&configs, 2, &results));
+    configs[1].flags = layout.flag_load_spin | layout.flag_load_verify;
+    try expectEqual(linux.fail(.INVAL), load_queues.run(&configs, 2, &results));
+    configs[1] = configs[0];
+    configs[1].features = feature_packed;
+    try expectEqual(linux.fail(.INVAL), load_queues.run(&configs, 2, &results));
+    try expectEqual(linux.fail(.INVAL), load_queues.run(&configs, 0, &results));
+    try expectEqual(linux.fail(.INVAL), load_queues.run(&configs, load_queues.queues_maximum + 1, &results));
 }

@@ -1,7 +1,7 @@
 /**
  * The network back-end that the bench measures: one card, until it is killed.
  *
- *   net_backend.ts SOCKET loop|receive|send FRAME_BYTES
+ *   network/backend.ts SOCKET loop|receive|send FRAME_BYTES
  *
  * @module
  */
@@ -15,8 +15,8 @@ import {
   type NetEnd,
   type NetLink,
   registerTarget,
-} from "../mod.ts";
-import type { Direction } from "./net.ts";
+} from "../../mod.ts";
+import type { Direction } from "../sections/network.ts";
 
 const [socketPath, direction, frameBytes] = process.argv.slice(2);
 

@@ -5,7 +5,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
-import { testpmdProgram } from "../tests/support/testpmd.ts";
+import { testpmdProgram } from "../../tests/support/testpmd.ts";
 
 /** Packets that the one port has received and sent. */
 export interface PortCounts {
