@@ -75,6 +75,7 @@ const cases: TapCase[] = [
   },
   {
     name: "over split rings, with two queue pairs in two Workers",
+    size: GiB / 4,
     queues: 2,
     workers: 2,
     bits: { 22: 1, 34: 0 },
