@@ -76,7 +76,9 @@ Options:
   --num-queues N        queue pairs at most, 1 to 127 (1)
   --mac ADDRESS         the card's address, for front-ends that ask for it
   --mtu N               bytes in a frame, told to the guest, 68 to 65535
-  --poll-us N           look for more so long after the last frame (50)
+  --workers N           threads that serve the queue pairs; 0: the main one (0);
+                        not with --switch, which is in one thread
+  --poll-us N           microseconds to look for more before sleeping (50)
   -v, --verbose         show each message, one line each, on stderr
   --print-capabilities  print what this program can do, as JSON, and end
   -h, --help            this text

@@ -16,7 +16,7 @@ import {
   tapEnd,
 } from "../devices/mod.ts";
 import type { Vhost2Error } from "../ffi/errors.ts";
-import { registerTarget, type Target } from "../mod.ts";
+import { type Device, registerTarget, type Target } from "../mod.ts";
 import type { NetArguments } from "./net_arguments.ts";
 import {
   deferred,
@@ -61,7 +61,8 @@ function readyLine(options: NetArguments, end: NetEnd): string {
 export async function serveNet(options: NetArguments): Promise<void> {
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
-  const { addresses, pcap, numQueues, mac, mtu, pollMicroseconds } = options;
+  const { addresses, pcap, numQueues, mac, mtu } = options;
+  const { workers, pollMicroseconds } = options;
   const endsWithConnection = addresses.some(isConnected);
   const { promise: ended, resolve: end } = deferred();
   const targets: Target[] = [];
@@ -74,22 +75,25 @@ export async function serveNet(options: NetArguments): Promise<void> {
         mac,
         mtu,
         numQueues,
-        pollMicroseconds,
         onError: report,
       });
       const { device, ...offered } = nic;
+      const create = (connected: Device) => {
+        if (endsWithConnection) {
+          connected.signal.addEventListener("abort", end);
+        }
+        return device.create!(connected);
+      };
       targets.push(
         await registerTarget({
           transport: "vhost-user",
           address,
           connect: options.isConnecting,
           ...offered,
-          device(connected) {
-            if (endsWithConnection) {
-              connected.signal.addEventListener("abort", end);
-            }
-            return device(connected);
-          },
+          workers,
+          pollMicroseconds,
+          // Only what can be served in Workers has options for them.
+          device: workers > 0 ? { ...device, create } : create,
           onError: report,
           trace: options.isVerbose
             ? (line) => process.stderr.write(`${line}\n`)

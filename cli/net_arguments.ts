@@ -30,6 +30,7 @@ export interface NetArguments {
   readonly numQueues: number;
   readonly mac: string | undefined;
   readonly mtu: number | undefined;
+  readonly workers: number;
   readonly pollMicroseconds: number | undefined;
   readonly isVerbose: boolean;
 }
@@ -48,6 +49,7 @@ const netOptions = {
   "num-queues": { type: "string" },
   mac: { type: "string" },
   mtu: { type: "string" },
+  workers: { type: "string" },
   "poll-us": { type: "string" },
   verbose: { type: "boolean", short: "v" },
 } as const;
@@ -67,6 +69,12 @@ export function parseNet(words: string[]): Command {
   if (paths.length > 1 && mac !== undefined) {
     throw new UsageError("--mac needs a single --socket-path");
   }
+  const workers = parseCount("workers", values.workers ?? "0", 0, 256);
+  if (workers > 0 && end.kind === "switch") {
+    throw new UsageError(
+      "a --switch is in one thread: it takes no --workers",
+    );
+  }
   const polled = values["poll-us"];
   return {
     name: "net",
@@ -80,6 +88,7 @@ export function parseNet(words: string[]): Command {
       numQueues: parseCount("num-queues", values["num-queues"] ?? "1", 1, 127),
       mac,
       mtu: mtu === undefined ? undefined : parseCount("mtu", mtu, 68, 65535),
+      workers,
       pollMicroseconds: polled === undefined
         ? undefined
         : parseCount("poll-us", polled, 0, 1_000_000),

@@ -25,6 +25,7 @@ const file_traits = @import("file/traits.zig");
 const driver = @import("ring/load.zig");
 const queues_driver = @import("ring/load_queues.zig");
 const net = @import("net/burst.zig");
+const ahead = @import("net/ahead.zig");
 const tap = @import("net/tap.zig");
 const vfio = @import("vfio/vfio.zig");
 
@@ -138,8 +139,10 @@ pub const manifest = .{
     // Bursts of network frames, between a caller's buffer and rings or a TAP
     .{ "net_receive", net.receive, "ring scratch scratch_words frames max buffer buffer_size flags counts" },
     .{ "net_send", net.send, "ring scratch scratch_words frames first count buffer buffer_size flags counts" },
+    .{ "net_look_ahead", ahead.lookAhead, "ring scratch scratch_words" },
     .{ "tap_open", tap.open, "name name_length offloads is_multi_queue name_out" },
     .{ "tap_set_offloads", tap.setOffloads, "fd offloads" },
+    .{ "tap_attach_queue", tap.attachQueue, "fd is_attached" },
     .{ "tap_read", tap.read, "fd frames max buffer buffer_size" },
     .{ "tap_write", tap.write, "fd frames first count buffer buffer_size dropped_out" },
 
@@ -192,6 +195,7 @@ test {
     _ = file;
     _ = driver;
     _ = net;
+    _ = ahead;
     _ = tap;
     _ = vfio;
 }

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 274124948;
+export const abiHash = 687318185;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -492,6 +492,12 @@ export const functions = {
     names: "ring, scratch, scratchWords, frames, first, count, buffer, bufferSize, flags, counts",
     result: "i32",
   },
+  netLookAhead: {
+    symbol: "vhost2_net_look_ahead",
+    parameters: ["u32", "buffer", "u32"],
+    names: "ring, scratch, scratchWords",
+    result: "i32",
+  },
   tapOpen: {
     symbol: "vhost2_tap_open",
     parameters: ["buffer", "u32", "u32", "u32", "buffer"],
@@ -502,6 +508,12 @@ export const functions = {
     symbol: "vhost2_tap_set_offloads",
     parameters: ["i32", "u32"],
     names: "fd, offloads",
+    result: "i32",
+  },
+  tapAttachQueue: {
+    symbol: "vhost2_tap_attach_queue",
+    parameters: ["i32", "u32"],
+    names: "fd, isAttached",
     result: "i32",
   },
   tapRead: {

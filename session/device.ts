@@ -58,6 +58,7 @@ export interface DeviceSession {
   readonly startedQueues: readonly Queue[];
   readonly signal: AbortSignal;
   readonly shared: SharedArrayBuffer;
+  readonly servesQueues: boolean;
   report(error: Vhost2Error): void;
   readonly requests: Pick<BackendRequests, "send" | "lookUp">;
   readonly sharedMemory: Pick<SharedMemory, "map" | "unmap">;
@@ -121,6 +122,14 @@ export class Device {
    */
   get shared(): SharedArrayBuffer {
     return this.#session.shared;
+  }
+
+  /**
+   * Whether queues are served in this isolate: not by the instance that the
+   * registering thread has of a target with Workers.
+   */
+  get servesQueues(): boolean {
+    return this.#session.servesQueues;
   }
 
   /** Tells the user (`onError`) what went wrong. */

@@ -32,6 +32,11 @@ export interface DeviceModule {
   /** Bytes of `Device.shared`; 0 unless given. */
   readonly sharedBytes?: number;
   /**
+   * So many neighbouring queues belong together and are served by the same
+   * Worker: 2 for the queue pairs of a network card; 1 unless given.
+   */
+  readonly queuesTogether?: number;
+  /**
    * Makes the device in the registering thread; unless given, the module's
    * factory does.
    */

@@ -108,11 +108,7 @@ export class Session {
     this.options = options;
     this.vrings = Array.from(
       { length: options.queueCount },
-      (_, index) =>
-        new Vring(
-          index,
-          options.runsDisabledRings && !options.isServedElsewhere,
-        ),
+      (_, index) => new Vring(index, options.runsDisabledRings),
     );
     let close = () => {};
     this.#closed = new Promise((resolve) => close = resolve);
@@ -171,6 +167,11 @@ export class Session {
 
   get signal(): AbortSignal {
     return this.#end.signal;
+  }
+
+  /** See `Device.servesQueues`. */
+  get servesQueues(): boolean {
+    return !this.options.isServedElsewhere;
   }
 
   /** See `Device.shared`. */

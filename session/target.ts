@@ -97,8 +97,8 @@ export interface DeviceOptions {
   /**
    * Whether rings run while they are disabled (`queue.isEnabled`), as those of
    * a network card do: frames sent are dropped, none are received. Otherwise,
-   * unless given and in Workers, a disabled ring is a stopped one. Enabling
-   * such a ring calls `queueKick`.
+   * and unless given, a disabled ring is a stopped one. A change of it calls
+   * `queueKick`; in Workers it stops the queue and starts it again.
    */
   readonly runsDisabledRings?: boolean;
   /**

@@ -180,16 +180,22 @@ async function fetchGuest(recipe) {
 
 /** Static programs for the guest, named by the hash of their source. */
 async function buildGuestTools() {
-  const source = join(ROOT, "tests", "qemu", "verify.zig");
+  await buildGuestTool("verify", "disk verifier");
+  await buildGuestTool("transfer", "TCP transfer");
+}
+
+/** @param {string} name @param {string} what */
+async function buildGuestTool(name, what) {
+  const source = join(ROOT, "tests", "qemu", `${name}.zig`);
   const hash = createHash("sha256").update(await readFile(source)).digest(
     "hex",
   );
   const folder = join(CACHE, "guest-tools");
-  const program = join(folder, `verify-${hash.slice(0, 16)}`);
+  const program = join(folder, `${name}-${hash.slice(0, 16)}`);
   if (existsSync(program)) return;
   await mkdir(folder, { recursive: true });
   const building = `${program}.${process.pid}`;
-  await step("Building the guest's disk verifier", "about 20 s", [
+  await step(`Building the guest's ${what}`, "about 20 s", [
     join(BIN, "zig"),
     "build-exe",
     source,

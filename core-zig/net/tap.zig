@@ -16,10 +16,13 @@ const frame_alignment = 16;
 const TUNSETIFF = 0x400454ca;
 const TUNSETOFFLOAD = 0x400454d0;
 const TUNSETVNETHDRSZ = 0x400454d8;
+const TUNSETQUEUE = 0x400454d9;
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
 const IFF_MULTI_QUEUE: u16 = 0x0100;
+const IFF_ATTACH_QUEUE: u16 = 0x0200;
+const IFF_DETACH_QUEUE: u16 = 0x0400;
 const TUN_F_CSUM = 0x01;
 const TUN_F_TSO4 = 0x02;
 const TUN_F_TSO6 = 0x04;
@@ -76,6 +79,14 @@ pub fn setOffloads(fd: i32, offloads: u32) callconv(.c) i32 {
         if (offloads & layout.net_offload_uso != 0) mask |= TUN_F_USO4 | TUN_F_USO6;
     }
     return sys.result(linux.ioctl(fd, TUNSETOFFLOAD, mask));
+}
+
+/// Whether the kernel sends frames to this queue of an interface that has
+/// several. What is so already stays so.
+pub fn attachQueue(fd: i32, is_attached: u32) callconv(.c) i32 {
+    var request: InterfaceRequest = .{ .flags = if (is_attached != 0) IFF_ATTACH_QUEUE else IFF_DETACH_QUEUE };
+    const result = sys.result(linux.ioctl(fd, TUNSETQUEUE, @intFromPtr(&request)));
+    return if (result == sys.fail(.INVAL)) 0 else result;
 }
 
 /// Reads up to `max` frames, as many as there are and fit. Returns how many.

@@ -74,10 +74,7 @@ export function netFeatures(properties: NetProperties): bigint {
   for (const [offload, host, guest] of offloadFeatures) {
     if ((properties.offloads & offload) !== 0) bits.push(...host, ...guest);
   }
-  // Not behind an IOMMU: a card cannot make a frame wait for the translation of
-  // a buffer that it looks at only when the frame has come.
-  return featureMask(...bits) |
-    (virtqueueFeatures & ~featureMask(VirtioFeature.ACCESS_PLATFORM));
+  return featureMask(...bits) | virtqueueFeatures;
 }
 
 /** `Offload` bits that hold for frames from the guest, and to it. */

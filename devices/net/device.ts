@@ -5,6 +5,7 @@
  * @module
  */
 
+import { core } from "../../ffi/core.ts";
 import { Vhost2Error } from "../../ffi/errors.ts";
 import { hasFeature } from "../../protocol/features.ts";
 import type { Device } from "../../session/device.ts";
@@ -26,10 +27,11 @@ import { ReceiveQueue, TransmitQueue } from "./queues.ts";
 import { rarpFrame } from "./rarp.ts";
 import { droppedCounter, type NetStatistics } from "./statistics.ts";
 
-/** What all front-ends of a device share. */
+/** What all front-ends of a device share, in one isolate. */
 export interface Nic {
   readonly properties: NetProperties;
-  readonly end: NetEnd;
+  /** Null where Workers make it, and only they. */
+  readonly end: NetEnd | null;
   readonly statistics: NetStatistics;
   readonly pollMicroseconds: number | undefined;
   report(error: Vhost2Error, device: Device): void;
@@ -38,6 +40,20 @@ export interface Nic {
 /** The least that IPv4 asks of a link (RFC 791). */
 const leastMtu = 68;
 
+/** Words (i32) of `Device.shared`. */
+const Shared = {
+  isLinkDown: 0,
+  isAnnounceWanted: 1,
+  /** Queue pairs that the driver has said it uses; 0: nothing. */
+  pairsInUse: 2,
+  /** Whether a Worker is to announce the address that follows. */
+  isRarpWanted: 3,
+  rarpAddress: 4,
+  byteSize: 24,
+} as const;
+/** Bytes of `Device.shared`. */
+export const sharedBytes: number = Shared.byteSize;
+
 /** A network device as one front-end sees it. */
 export class NetDevice implements TargetOps, NetLink {
   readonly name: string;
@@ -45,39 +61,57 @@ export class NetDevice implements TargetOps, NetLink {
   readonly #nic: Nic;
   readonly #device: Device;
   readonly #ended: () => void;
-  readonly #port: EndPort;
+  readonly #port: EndPort | null;
   readonly #receive: (ReceiveQueue | undefined)[] = [];
   readonly #transmit: (TransmitQueue | undefined)[] = [];
   #control: ControlQueue | undefined;
   #features = 0n;
   #guestOffloads = 0;
-  #isLinkUp = true;
-  #isAnnounceWanted = false;
-  /** Pairs that the driver uses, where it says so by the control queue. */
-  #pairsInUse: number;
+  #controlIndex = -1;
+  /** In the memory of all instances. */
+  readonly #shared: Int32Array;
   #mtu: number;
 
   /** `ended` is called when the front-end has gone. */
   constructor(device: Device, nic: Nic, ended: () => void) {
     this.name = device.name;
     this.pairCount = nic.properties.pairCount;
-    this.#pairsInUse = this.pairCount;
     this.#mtu = nic.properties.mtu;
     this.#nic = nic;
     this.#device = device;
     this.#ended = ended;
-    this.#port = nic.end.open(this);
+    // A factory that was wrapped in a function of a user's own has none.
+    const { shared } = device;
+    this.#shared = new Int32Array(
+      shared.byteLength < sharedBytes
+        ? new SharedArrayBuffer(sharedBytes)
+        : shared,
+    );
+    this.#port = nic.end?.open(this) ?? null;
   }
 
   // What the session calls.
 
   deviceFeaturesChanged(_device: Device, features: bigint): void {
+    this.#negotiate(features);
+  }
+
+  #negotiate(features: bigint): void {
     this.#features = features;
     this.#guestOffloads = negotiatedOffloads(features).toGuest;
-    this.#port.negotiated?.();
+    // The control queue is behind all pairs (5.1.2).
+    this.#controlIndex = !hasFeature(features, NetFeature.CTRL_VQ)
+      ? -1
+      : hasFeature(features, NetFeature.MQ)
+      ? 2 * this.pairCount
+      : 2;
+    this.#port?.negotiated?.();
   }
 
   queueStart(queue: Queue): void {
+    // A Worker is not told of them.
+    const { features } = this.#device;
+    if (features !== this.#features) this.#negotiate(features);
     if (queue.index === this.#controlIndex) {
       this.#control = new ControlQueue(queue, {
         announced: () => this.#announced(),
@@ -92,39 +126,49 @@ export class NetDevice implements TargetOps, NetLink {
         `Cannot start queue ${queue.index}: the device has ${this.pairCount} queue pairs`,
       );
     }
+    if (queue.index % 2 === 0) this.#startReceive(queue, pair);
+    else this.#startTransmit(queue, pair);
+  }
+
+  #startReceive(queue: Queue, pair: number): void {
+    const { statistics, end } = this.#nic;
+    this.#receive[pair] = new ReceiveQueue(queue, {
+      flags: ringFlags(queue.features).receive,
+      counts: statistics.toGuest[pair],
+      client: {
+        endsByEvents: end?.endsByEvents ?? false,
+        ready: () => this.#port?.ready?.(pair),
+        unready: () => this.#port?.unready?.(pair),
+      },
+    });
+  }
+
+  #startTransmit(queue: Queue, pair: number): void {
+    const { statistics, end, pollMicroseconds } = this.#nic;
     const flags = ringFlags(queue.features);
-    const { statistics, pollMicroseconds } = this.#nic;
     const port = this.#port;
-    if (queue.index % 2 === 0) {
-      this.#receive[pair] = new ReceiveQueue(queue, {
-        flags: flags.receive,
-        counts: statistics.toGuest[pair],
-        ready: () => port.ready?.(pair),
-      });
-      port.ready?.(pair);
-      return;
-    }
     this.#transmit[pair] = new TransmitQueue(queue, {
       headerBytes: flags.headerBytes,
       flags: flags.transmit,
       counts: statistics.fromGuest[pair],
       pollMicroseconds,
       client: {
-        receive: port.receive === undefined
+        endsByEvents: end?.endsByEvents ?? false,
+        receive: port?.receive === undefined
           ? null
           : (frames) => port.receive!(frames, pair),
-        isCongested: () => port.isCongested?.() ?? false,
-        wake: () => port.wake?.(pair),
+        isCongested: () => port?.isCongested?.() ?? false,
+        wake: () => port?.wake?.(pair),
       },
     });
-    if (port.receive === undefined) port.wake?.(pair);
+    if (port?.receive === undefined) port?.wake?.(pair);
   }
 
   async queueStop(queue: Queue): Promise<void> {
     if (this.#control !== undefined && queue.index === this.#controlIndex) {
       await this.#control.stop();
       this.#control = undefined;
-      this.#pairsInUse = this.pairCount;
+      this.#setPairsInUse(0);
       return;
     }
     const list = queue.index % 2 === 0 ? this.#receive : this.#transmit;
@@ -133,6 +177,7 @@ export class NetDevice implements TargetOps, NetLink {
   }
 
   queueKick(queue: Queue): void {
+    if (this.#shared[Shared.isRarpWanted] !== 0) this.#takeRarp();
     if (this.#control !== undefined && queue.index === this.#controlIndex) {
       return this.#control.kick();
     }
@@ -140,17 +185,19 @@ export class NetDevice implements TargetOps, NetLink {
     list[queue.index >> 1]?.kick();
   }
 
+  /** In a Worker at the device's end, where no op says so, by its factory. */
   deviceDestroy(): void {
-    this.#port.close();
+    this.#port?.close();
     this.#ended();
   }
 
   getConfig(): Uint8Array {
     const properties = { ...this.#nic.properties, mtu: this.#mtu };
+    const shared = this.#shared;
     return encodeConfig(
       properties,
-      (this.#isLinkUp ? statusLinkUp : 0) |
-        (this.#isAnnounceWanted ? statusAnnounce : 0),
+      (shared[Shared.isLinkDown] === 0 ? statusLinkUp : 0) |
+        (shared[Shared.isAnnounceWanted] !== 0 ? statusAnnounce : 0),
     );
   }
 
@@ -176,6 +223,10 @@ export class NetDevice implements TargetOps, NetLink {
   }
 
   // What the end calls.
+
+  get pairsInUse(): number {
+    return this.#shared[Shared.pairsInUse] || this.pairCount;
+  }
 
   get guestOffloads(): number {
     return this.#guestOffloads;
@@ -218,8 +269,10 @@ export class NetDevice implements TargetOps, NetLink {
   }
 
   setLink(isUp: boolean): void {
-    if (isUp === this.#isLinkUp) return;
-    this.#isLinkUp = isUp;
+    const isDown = isUp ? 0 : 1;
+    if (Atomics.exchange(this.#shared, Shared.isLinkDown, isDown) === isDown) {
+      return;
+    }
     this.#device.configChanged();
   }
 
@@ -236,27 +289,20 @@ export class NetDevice implements TargetOps, NetLink {
       !hasFeature(this.#features, GUEST_ANNOUNCE) ||
       !hasFeature(this.#features, CTRL_VQ)
     ) return;
-    this.#isAnnounceWanted = true;
+    Atomics.store(this.#shared, Shared.isAnnounceWanted, 1);
     this.#device.configChanged();
-  }
-
-  /** The control queue is behind all pairs (5.1.2); -1 where there is none. */
-  get #controlIndex(): number {
-    if (!hasFeature(this.#features, NetFeature.CTRL_VQ)) return -1;
-    return hasFeature(this.#features, NetFeature.MQ) ? 2 * this.pairCount : 2;
   }
 
   /** The queue that frames of `pair` go to: another, if that is not in use. */
   #receiver(pair: number): ReceiveQueue | undefined {
-    const found = this.#receive[pair % this.#pairsInUse];
+    const inUse = this.pairsInUse;
+    const found = this.#receive[pair % inUse];
     if (found !== undefined && found.isUsable) return found;
-    return this.#receive.find((queue) => queue?.isUsable);
+    return this.#receive.find((queue, i) => i < inUse && queue?.isUsable);
   }
 
   #announced(): boolean {
-    const isAsked = this.#isAnnounceWanted;
-    this.#isAnnounceWanted = false;
-    return isAsked;
+    return Atomics.exchange(this.#shared, Shared.isAnnounceWanted, 0) !== 0;
   }
 
   #usePairs(count: number): boolean {
@@ -264,8 +310,13 @@ export class NetDevice implements TargetOps, NetLink {
       count < 1 || count > this.pairCount ||
       !hasFeature(this.#features, NetFeature.MQ)
     ) return false;
-    this.#pairsInUse = count;
+    this.#setPairsInUse(count);
     return true;
+  }
+
+  #setPairsInUse(count: number): void {
+    const before = Atomics.exchange(this.#shared, Shared.pairsInUse, count);
+    if (before !== count) this.#port?.usePairs?.();
   }
 
   #setMtu(value: bigint): void {
@@ -284,8 +335,27 @@ export class NetDevice implements TargetOps, NetLink {
   #sendRarp(value: bigint): void {
     const bytes = new Uint8Array(8);
     new DataView(bytes.buffer).setBigUint64(0, value, true);
+    if (this.#port !== null) return this.#announceAddress(bytes);
+    // The end is in Workers: one of them finds it with the next kick, which
+    // any queue of theirs may have at any time.
+    new Uint8Array(this.#shared.buffer).set(bytes, Shared.rarpAddress * 4);
+    Atomics.store(this.#shared, Shared.isRarpWanted, 1);
+    for (const { wires } of this.#device.queues) {
+      if (wires.kickFd !== null) core.eventfdSignal(wires.kickFd);
+    }
+  }
+
+  #takeRarp(): void {
+    if (this.#port === null) return;
+    const wanted = Atomics.exchange(this.#shared, Shared.isRarpWanted, 0);
+    if (wanted === 0) return;
+    const bytes = new Uint8Array(this.#shared.buffer, Shared.rarpAddress * 4);
+    this.#announceAddress(bytes.slice(0, 8));
+  }
+
+  #announceAddress(bytes: Uint8Array): void {
     const port = this.#port;
-    if (port.receive === undefined) return;
+    if (port?.receive === undefined) return;
     const frames = new Frames(1);
     frames.add(rarpFrame(bytes.subarray(0, 6)));
     port.receive(frames, 0);

@@ -127,6 +127,15 @@ export class Frames {
    * @throws Vhost2Error OPTION when it is shorter or longer than frames are
    */
   add(frame: Uint8Array): boolean {
+    return this.#append(frame, null);
+  }
+
+  /** The same with frame `i` of another burst, and its header. */
+  addFrom(frames: Frames, i: number): boolean {
+    return this.#append(frames.at(i), frames.header(i));
+  }
+
+  #append(frame: Uint8Array, header: Uint8Array | null): boolean {
     const { length } = frame;
     if (length < minFrameBytes || length > maxFrameBytes) {
       throw new Vhost2Error(
@@ -139,7 +148,8 @@ export class Frames {
     if (
       this.count === this.maxFrames || offset + length > this.bytes.length
     ) return false;
-    this.bytes.fill(0, offset - headerBytes, offset);
+    if (header === null) this.bytes.fill(0, offset - headerBytes, offset);
+    else this.bytes.set(header, offset - headerBytes);
     this.bytes.set(frame, offset);
     const at = this.count * frameWords;
     this.words[at] = offset;

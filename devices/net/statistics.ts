@@ -34,35 +34,83 @@ const { byteSize, ...offsets } = field;
 /** Where `dropped` is in a queue's counters. */
 export const droppedCounter: number = field.dropped / 8;
 
-function named(counts: Float64Array): NetCounts {
-  return Object.fromEntries(
-    Object.entries(offsets).map(([name, offset]) => [name, counts[offset / 8]]),
-  ) as unknown as NetCounts;
-}
+/** Counters of one direction of one queue, rounded up to cache lines. */
+const stride = Math.ceil(byteSize / 64) * 8;
+/** Isolates that count at the same time; what is more shares the last. */
+const blockCount = 32;
 
-/** The counters of one device, all its front-ends together. */
+/** In memory that Workers can have too: not resizable, whoever made it. */
+type Counters = Float64Array<SharedArrayBuffer>;
+
+/**
+ * The counters of one device, all its front-ends together. Each isolate that
+ * serves the device counts on its own; the sum is what is told.
+ */
 export class NetStatistics {
-  /** By queue pair: frames that guests have sent. */
-  readonly fromGuest: readonly Float64Array<ArrayBuffer>[];
-  /** By queue pair: frames that were put into guests' buffers. */
-  readonly toGuest: readonly Float64Array<ArrayBuffer>[];
+  /** By queue pair: frames that guests have sent, as counted here. */
+  readonly fromGuest: readonly Counters[];
+  /** By queue pair: frames put into guests' buffers, as counted here. */
+  readonly toGuest: readonly Counters[];
+  /** What it counts in, for the isolates of Workers. */
+  readonly memory: SharedArrayBuffer;
+  readonly #owned: Int32Array;
+  readonly #all: Counters;
+  readonly #pairCount: number;
+  readonly #block: number;
 
-  /** For the device. */
-  constructor(pairCount: number) {
-    const make = () =>
-      Array.from({ length: pairCount }, () => new Float64Array(byteSize / 8));
-    this.fromGuest = make();
-    this.toGuest = make();
+  /** @param memory that of another isolate */
+  constructor(pairCount: number, memory?: SharedArrayBuffer) {
+    const headBytes = blockCount * 4;
+    const blockSize = 2 * pairCount * stride;
+    this.memory = memory ??
+      new SharedArrayBuffer(headBytes + blockCount * blockSize * 8);
+    this.#owned = new Int32Array(this.memory, 0, blockCount);
+    this.#all = new Float64Array(this.memory, headBytes);
+    this.#pairCount = pairCount;
+    this.#block = this.#take();
+    const own = (direction: number) =>
+      Array.from(
+        { length: pairCount },
+        (_, pair) => this.#counters(this.#block, direction, pair),
+      );
+    this.fromGuest = own(0);
+    this.toGuest = own(1);
+  }
+
+  #take(): number {
+    for (let block = 0; block < blockCount - 1; block++) {
+      if (Atomics.compareExchange(this.#owned, block, 0, 1) === 0) return block;
+    }
+    return blockCount - 1;
+  }
+
+  #counters(block: number, direction: number, pair: number): Counters {
+    const row = (block * 2 + direction) * this.#pairCount + pair;
+    return this.#all.subarray(row * stride, (row + 1) * stride);
+  }
+
+  /** This isolate counts no more; another one may go on where it was. */
+  leave(): void {
+    Atomics.store(this.#owned, this.#block, 0);
   }
 
   /** The counters as they are now, of one queue pair or of all together. */
   snapshot(pair?: number): { fromGuest: NetCounts; toGuest: NetCounts } {
-    const of = (list: readonly Float64Array[]) => {
-      if (pair !== undefined) return named(list[pair]);
-      const sum = new Float64Array(byteSize / 8);
-      for (const counts of list) counts.forEach((n, i) => sum[i] += n);
-      return named(sum);
-    };
-    return { fromGuest: of(this.fromGuest), toGuest: of(this.toGuest) };
+    return { fromGuest: this.#sum(0, pair), toGuest: this.#sum(1, pair) };
+  }
+
+  #sum(direction: number, pair: number | undefined): NetCounts {
+    const sum = new Float64Array(stride);
+    const pairs = pair === undefined
+      ? Array.from({ length: this.#pairCount }, (_, i) => i)
+      : [pair];
+    for (let block = 0; block < blockCount; block++) {
+      for (const one of pairs) {
+        this.#counters(block, direction, one).forEach((n, i) => sum[i] += n);
+      }
+    }
+    return Object.fromEntries(
+      Object.entries(offsets).map(([name, offset]) => [name, sum[offset / 8]]),
+    ) as unknown as NetCounts;
   }
 }

@@ -225,9 +225,13 @@ export async function setEnable(
   // QEMU disables a ring before it says how it is to be stopped.
   if (vring.runsDisabled) {
     vring.forgetFailure();
-    const isNew = num === 1 && !vring.isEnabled;
+    const isChange = vring.isEnabled !== (num === 1);
+    // A Worker may be in the middle of what only an enabled ring may do.
+    if (isChange && session.options.isServedElsewhere) {
+      await session.queues.stop(vring);
+    }
     vring.isEnabled = num === 1;
-    if (isNew) session.queues.kick(vring);
+    if (isChange) session.queues.kick(vring);
     return;
   }
   if (num === 0) {

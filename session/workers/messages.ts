@@ -55,6 +55,7 @@ export interface QueueMessage {
   readonly features: bigint;
   readonly addresses: RingAddresses;
   readonly base: number;
+  readonly isEnabled: boolean;
   readonly isPolled: boolean;
   readonly isLogged: boolean;
   readonly inflight: number | null;

@@ -114,10 +114,14 @@ export class WorkerPool {
   relay(device: Device, ops: TargetOps): TargetOps {
     // Devices with one queue each are spread too.
     const first = this.#deviceCount++;
+    const { queuesTogether = 1 } = this.#options.device;
     const relay: DeviceRelay = new DeviceRelay(
       device,
       ops,
-      (queue) => this.#serving((first + queue.index) % this.#options.count),
+      ({ index }) => {
+        const group = Math.floor(index / queuesTogether);
+        return this.#serving((first + group) % this.#options.count);
+      },
       () => this.#relays.delete(relay),
     );
     this.#relays.add(relay);

@@ -73,6 +73,7 @@ export class QueueRun {
       features: queue.features,
       addresses: queue.addresses,
       base: queue.availableIndex,
+      isEnabled: queue.isEnabled,
       isPolled: queue.isPolled,
       isLogged: queue.isLogged,
       inflight: queue.inflight,

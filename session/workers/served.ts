@@ -40,6 +40,7 @@ export class ServedDevice implements DeviceSession {
   readonly name: string;
   readonly memory: GuestMemory;
   readonly shared: SharedArrayBuffer;
+  readonly servesQueues = true;
   readonly device: Device;
   readonly ops: TargetOps;
   readonly queues = new Set<ServedQueue>();
@@ -174,8 +175,8 @@ export class ServedQueue {
       areas: space === "iova" ? find : () => first,
       missed: (misses) => post({ kind: "missed", run, misses }),
       base: message.base,
-      // Here a ring runs only while it is enabled.
-      isEnabled: () => true,
+      // A change begins a new run.
+      isEnabled: () => message.isEnabled,
       isPolled: message.isPolled,
       isLogged: message.isLogged,
       inflight: message.inflight,

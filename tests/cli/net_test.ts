@@ -19,8 +19,8 @@ test("net --help names every option", async () => {
   for (
     const option of [
       ...["socket-path", "fd", "connect", "tap", "switch", "echo", "discard"],
-      ...["pcap", "num-queues", "mac", "mtu", "poll-us", "verbose", "help"],
-      ...["version", "print-capabilities"],
+      ...["pcap", "num-queues", "mac", "mtu", "workers", "poll-us", "verbose"],
+      ...["help", "version", "print-capabilities"],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
 });
@@ -47,6 +47,12 @@ const mistakes: [string, string[], number, RegExp][] = [
     [...socket, "--echo", "--num-queues", "128"],
     2,
     /--num-queues takes a number from 1 to 127, not "128"/,
+  ],
+  [
+    "a switch in Workers",
+    [...socket, "--switch", "lan", "--workers", "1"],
+    2,
+    /a --switch is in one thread: it takes no --workers/,
   ],
   [
     "a small MTU",
@@ -89,14 +95,21 @@ for (const [name, words, expected, sentence] of mistakes) {
   });
 }
 
-test("net --echo --pcap serves, captures, and ends cleanly by a signal", async () => {
+for (const workers of [0, 2]) {
+  test(
+    `net --echo --pcap --workers ${workers} serves, captures, and ends cleanly by a signal`,
+    () => servesEcho(workers),
+  );
+}
+
+async function servesEcho(workers: number): Promise<void> {
   using folder = new TemporaryFolder();
   const path = folder.file("net.sock");
   const pcap = folder.file("x.pcap");
   await using command = new Command([
     ...["net", "--socket-path", path, "--echo", "--pcap", pcap],
     ...["--num-queues", "2", "--mac", "52:54:00:12:34:56", "--mtu", "4000"],
-    ...["--poll-us", "0"],
+    ...["--poll-us", "0", "--workers", String(workers)],
   ]);
   await command.printed(/\n/);
   assert.equal(
@@ -114,7 +127,7 @@ test("net --echo --pcap serves, captures, and ends cleanly by a signal", async (
   assert.equal(command.stderr, "");
   assert.ok(!existsSync(path));
   assert.equal(readFileSync(pcap).length, 24 + 2 * (16 + 100));
-});
+}
 
 test("net --switch connects the guests of all its sockets", async () => {
   using folder = new TemporaryFolder();

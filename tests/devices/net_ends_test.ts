@@ -1,6 +1,9 @@
 // The ends of a network device's cable.
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { appendFileSync } from "node:fs";
+import { Worker } from "node:worker_threads";
+import { PcapFile } from "../../devices/net/ends/pcap_file.ts";
+import { core } from "../../ffi/core.ts";
 import {
   burstEnd,
   discardEnd,
@@ -15,7 +18,10 @@ import { NetClient } from "../../frontend/mod.ts";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { eventually, within } from "../support/wait.ts";
+import { readCapture } from "./net_capture.ts";
 import { frameOf, ServedNet, swapped } from "./net_guest.ts";
+
+const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
 
 type Chunk = Uint8Array<ArrayBuffer>;
 
@@ -251,28 +257,6 @@ test("switch: many addresses of one guest cost no memory and no other guest", as
   await within(one.receive(), "still served");
 });
 
-/** Records of a capture: seconds, and the bytes kept of each frame. */
-function readCapture(path: string) {
-  const bytes = new Uint8Array(readFileSync(path));
-  const view = new DataView(bytes.buffer);
-  // draft-ietf-opsawg-pcap, section 4: nanoseconds, version 2.4, Ethernet.
-  assert.equal(view.getUint32(0, true), 0xa1b23c4d);
-  assert.deepEqual([view.getUint16(4, true), view.getUint16(6, true)], [2, 4]);
-  assert.deepEqual([view.getUint32(8, true), view.getUint32(12, true)], [0, 0]);
-  assert.equal(view.getUint32(20, true), 1);
-  const records = [];
-  for (let at = 24; at < bytes.length;) {
-    const kept = view.getUint32(at + 8, true);
-    records.push({
-      time: view.getUint32(at, true) + view.getUint32(at + 4, true) / 1e9,
-      length: view.getUint32(at + 12, true),
-      bytes: bytes.slice(at + 16, at + 16 + kept),
-    });
-    at += 16 + kept;
-  }
-  return { snapLength: view.getUint32(16, true), records };
-}
-
 test("pcap: a capture holds all frames of both ways, whole, with their times", async () => {
   using folder = new TemporaryFolder();
   const path = folder.file("echo.pcap");
@@ -361,4 +345,38 @@ test("discard takes everything", async () => {
   for (let i = 0; i < 300; i++) await card.send(frameOf(60));
   assert.equal(served.nic.statistics.snapshot().fromGuest.packets, 300);
   assert.equal(card.pending, 0);
+});
+
+test("pcap: who died while it wrote leaves neither a lock nor half a record", async () => {
+  using folder = new TemporaryFolder();
+  const path = folder.file("dead.pcap");
+  const file = PcapFile.create(path, 262_144);
+  const other = PcapFile.join(file.portable);
+  const frames = new Frames();
+  frames.add(frameOf(60));
+  other.add(frames, 0, 1);
+  // A thread that has been, and has ended while it had the lock.
+  const thread = new SharedArrayBuffer(4);
+  const worker = new Worker(
+    new URL(`./thread_number${extension}`, import.meta.url),
+    { workerData: thread },
+  );
+  await new Promise((resolve) => worker.once("exit", resolve));
+  await eventually(() => {
+    const [number] = new Int32Array(thread);
+    return number !== 0 && core.threadIsAlive(number) === 0;
+  }, "the thread has ended");
+  const [number] = new Int32Array(thread);
+  Atomics.store(new Int32Array(file.portable.shared), 0, number);
+  appendFileSync(path, frameOf(3000));
+  file.add(frames, 0, 1);
+  other.add(frames, 0, 1);
+  other.close();
+  file.close();
+  const { records } = readCapture(path);
+  assert.deepEqual(records.map(({ bytes }) => bytes), [
+    frameOf(60),
+    frameOf(60),
+    frameOf(60),
+  ]);
 });

@@ -10,6 +10,7 @@ import {
   type NetOptions,
   registerTarget,
   type Target,
+  type TargetOptions,
 } from "../../mod.ts";
 import { NetClient, type NetClientOptions } from "../../frontend/mod.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
@@ -37,6 +38,9 @@ export function swapped(frame: Uint8Array): Uint8Array<ArrayBuffer> {
   return back;
 }
 
+/** How a device is served; on the event loop unless given. */
+export type NetServing = Pick<TargetOptions, "workers" | "pollMicroseconds">;
+
 /** A device, its target, and how cards get there. */
 export class ServedNet {
   readonly nic: Net;
@@ -61,7 +65,10 @@ export class ServedNet {
     this.path = path;
   }
 
-  static async start(options: NetOptions): Promise<ServedNet> {
+  static async start(
+    options: NetOptions,
+    serving: NetServing = {},
+  ): Promise<ServedNet> {
     const folder = new TemporaryFolder();
     const path = folder.file("net.sock");
     const errors = new Events<string>();
@@ -71,6 +78,7 @@ export class ServedNet {
       transport: "vhost-user",
       address: path,
       ...nic,
+      ...serving,
       onError,
     });
     return new ServedNet(nic, target, errors, folder, path);

@@ -4,13 +4,10 @@ import assert from "node:assert/strict";
 import {
   burstEnd,
   echoEnd,
-  featureMask,
   Frames,
   type Net,
   netDevice,
-  NetFeature,
   NetHeader,
-  Offload,
 } from "../../mod.ts";
 import {
   DescriptorFlag,
@@ -25,34 +22,36 @@ import {
 } from "../../frontend/mod.ts";
 import { test } from "../harness.ts";
 import { withBystander, type World } from "../hostile/world.ts";
+// The runtime keeps descriptors from its first Worker on.
+import "../session/worker_world.ts";
 import { eventually, within } from "../support/wait.ts";
 import { frameOf, swapped } from "./net_guest.ts";
+import { allOffloads, lies, offloading } from "./net_lies.ts";
 
 const { NEXT, WRITE, INDIRECT } = DescriptorFlag;
-const allOffloads = Object.values(Offload).reduce((mask, bit) => mask | bit, 0);
 const rounds = 10;
 const unmapped = 0xdead_0000_0000n;
-/** Features of a driver that leaves everything to the device. */
-const offloading = supportedFeatures |
-  featureMask(
-    ...[NetFeature.MAC, NetFeature.MRG_RXBUF, NetFeature.CSUM],
-    ...[NetFeature.HOST_TSO4, NetFeature.HOST_TSO6, NetFeature.HOST_ECN],
-    ...[NetFeature.HOST_UFO, NetFeature.HOST_USO, NetFeature.CTRL_VQ],
-  );
-
-/** Attacks an echo, which afterwards still sends back. */
+/** Attacks an echo, which afterwards still sends back: here and in a Worker. */
 function attackEcho(
   name: string,
   attack: (world: World, nic: Net) => Promise<void>,
 ): void {
-  let nic: Net;
-  test(name, () =>
-    withBystander(async (world) => {
-      await attack(world, nic);
-      const card = await NetClient.open({ path: world.path });
-      await assertEchoes(card);
-      await card.close();
-    }, () => nic = netDevice({ end: echoEnd() })));
+  for (const workers of [0, 1]) {
+    let nic: Net;
+    test(
+      workers === 0 ? name : `${name}, in a Worker`,
+      () =>
+        withBystander(async (world) => {
+          await attack(world, nic);
+          const card = await NetClient.open({ path: world.path });
+          await assertEchoes(card);
+          await card.close();
+        }, () => {
+          nic = netDevice({ end: echoEnd() });
+          return { ...nic, workers };
+        }),
+    );
+  }
 }
 
 async function assertEchoes(card: NetClient): Promise<void> {
@@ -111,39 +110,6 @@ for (const packed of [false, true]) {
     },
   );
 }
-
-/** Headers that ask for what cannot be done, by what is wrong. */
-const lies: [string, Parameters<typeof encodeNetHeader>[0]][] = [
-  ["row 27: csum_start behind the frame", { csumStart: 61, csumOffset: 0 }],
-  ["row 27: csum_start at its end", { csumStart: 60, csumOffset: 0 }],
-  ["row 27: the field half in it", { csumStart: 34, csumOffset: 25 }],
-  ["row 27: sums that wrap", { csumStart: 65535, csumOffset: 65535 }],
-  ["row 27: an offset that wraps", { csumStart: 34, csumOffset: 65534 }],
-  ["row 27: inside the Ethernet header", { csumStart: 0, csumOffset: 16 }],
-  ["row 35: segments of no size", {
-    csumStart: 34,
-    csumOffset: 16,
-    gsoType: NetGso.TCPV4,
-    gsoSize: 0,
-  }],
-  ["row 35: datagrams of no size", {
-    csumStart: 34,
-    csumOffset: 6,
-    gsoType: NetGso.UDP_L4,
-    gsoSize: 0,
-  }],
-  ["segments that do not exist", {
-    csumStart: 34,
-    csumOffset: 16,
-    gsoType: 2,
-    gsoSize: 500,
-  }],
-  ["segments without a checksum", {
-    flags: 0,
-    gsoType: NetGso.TCPV6,
-    gsoSize: 500,
-  }],
-];
 
 test("rows 27, 35: a header that lies is counted, and its frame reaches nobody", () => {
   const end = burstEnd({ offloads: allOffloads });

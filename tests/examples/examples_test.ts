@@ -7,6 +7,7 @@ import { serveEcho } from "../../examples/plain_ring.ts";
 import { serveEntropy } from "../../examples/entropy.ts";
 import { httpDisk, serveHttpDisk } from "../../examples/http_disk.ts";
 import { serveHub } from "../../examples/hub.ts";
+import { serveStation } from "../../examples/station.ts";
 import { NetClient } from "../../frontend/mod.ts";
 import {
   assertBytes,
@@ -161,4 +162,58 @@ test("the hub passes everything to everybody else, but what a DHCP server says",
     assertBytes((await card.receive()).bytes, other);
   }
   assert.equal(one.pending + two.pending + three.pending, 0);
+});
+
+/** The sum of IPv4's: 0 over what has its checksum in it. */
+function internetSum(bytes: Uint8Array): number {
+  let sum = 0;
+  bytes.forEach((byte, i) => sum += i % 2 === 0 ? byte << 8 : byte);
+  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >> 16);
+  return ~sum & 0xffff;
+}
+
+test("the station answers ARP and ping from a Worker, and nothing else", async () => {
+  using folder = new TemporaryFolder();
+  const path = folder.file("station.sock");
+  await using _target = await serveStation(path);
+  await using card = await NetClient.open({ path });
+  const [ours, theirs] = [[10, 0, 0, 2], [10, 0, 0, 1]];
+  const guest = [0x52, 0x54, 0, 0, 0, 9];
+  const everybody = Array(6).fill(255);
+  const arp = (target: number[]) =>
+    Uint8Array.from([
+      ...[...everybody, ...guest, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+      ...[...guest, ...ours, 0, 0, 0, 0, 0, 0, ...target],
+    ]);
+  await card.send(arp([10, 0, 0, 3]));
+  await card.send(arp(theirs));
+  const resolved = (await card.receive()).bytes;
+  const station = [...resolved.subarray(6, 12)];
+  assert.deepEqual([...resolved], [
+    ...[...guest, ...station, 8, 6, 0, 1, 8, 0, 6, 4, 0, 2],
+    ...[...station, ...theirs, ...guest, ...ours],
+  ]);
+  const ping = new Uint8Array(14 + 20 + 8 + 33);
+  ping.set([...station, ...guest, 8, 0, 0x45, 0, 0, ping.length - 14]);
+  ping.set([64, 1], 22);
+  ping.set([...ours, ...theirs], 26);
+  ping[34] = 8;
+  ping.set(pattern(33, 5), 42);
+  new DataView(ping.buffer).setUint16(36, internetSum(ping.subarray(34)));
+  // Of another protocol, for somebody else, and cut short: no answers.
+  for (const [at, value] of [[23, 17], [33, 9], [17, 255]]) {
+    const other = ping.slice();
+    other[at] = value;
+    await card.send(other);
+  }
+  await card.send(ping);
+  const { bytes } = await card.receive();
+  const expected = ping.slice();
+  expected.set([...guest, ...station]);
+  expected.set([...theirs, ...ours], 26);
+  expected[34] = 0;
+  expected.set(bytes.subarray(36, 38), 36);
+  assertBytes(bytes, expected);
+  assert.equal(internetSum(bytes.subarray(34)), 0);
+  assert.equal(card.pending, 0);
 });

@@ -14,6 +14,8 @@ export interface GuestCache {
   busybox: string;
   /** The disk verifier, static, built from verify.zig. */
   verify: string;
+  /** What moves bytes over TCP, static, from transfer.zig. */
+  transfer: string;
 }
 
 /** The project's folder: the nearest above with the tools in it. */
@@ -41,8 +43,12 @@ export function guestCache(): GuestCache {
   if (!existsSync(manifest)) throw missing(manifest);
   const release: string = JSON.parse(readFileSync(manifest, "utf8")).kernel;
   const root = join(guest, "root");
-  const source = readFileSync(join(project, "tests", "qemu", "verify.zig"));
-  const hash = createHash("sha256").update(source).digest("hex").slice(0, 16);
+  const tool = (name: string) => {
+    const source = readFileSync(join(project, "tests", "qemu", `${name}.zig`));
+    const hash = createHash("sha256").update(source).digest("hex");
+    const file = `${name}-${hash.slice(0, 16)}`;
+    return firstOf(join(project, ".cache", "guest-tools", file));
+  };
   return {
     kernel: firstOf(join(root, "boot", `vmlinuz-${release}`)),
     // Newer Debian releases have /usr merged into their packages.
@@ -54,7 +60,8 @@ export function guestCache(): GuestCache {
       join(root, "bin", "busybox"),
       join(root, "usr", "bin", "busybox"),
     ),
-    verify: firstOf(join(project, ".cache", "guest-tools", `verify-${hash}`)),
+    verify: tool("verify"),
+    transfer: tool("transfer"),
   };
 }
 

@@ -47,6 +47,8 @@ export interface GuestNic {
   mac: string;
   /** Queue pairs; 1 unless given. */
   queues?: number;
+  /** Its addresses go through the machine's IOMMU (`GuestOptions.iommu`). */
+  iommuPlatform?: boolean;
   /** Properties of virtio-net-pci, such as `packed` or `csum`. */
   properties?: Record<string, boolean | number>;
 }
@@ -518,6 +520,9 @@ function nicArguments(nic: GuestNic): string[] {
     // vectors of a vhost-user netdev.
     vectors: 0,
     ...(queues === 1 ? {} : { mq: true }),
+    ...(nic.iommuPlatform
+      ? { iommu_platform: true, "disable-legacy": "on" }
+      : {}),
     ...nic.properties,
   };
   return [

@@ -1,7 +1,6 @@
 // The host's side of a guest's network: addresses on TAP interfaces, and TCP.
-import { execFileSync } from "node:child_process";
-import { createHash, randomBytes } from "node:crypto";
-import { type AddressInfo, connect, createServer } from "node:net";
+import { execFileSync, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { tapEnd } from "../../devices/net/mod.ts";
 
 /** Why there can be no TAP interfaces here; null if there can. */
@@ -36,58 +35,33 @@ export function configureInterface(name: string, address: string): void {
   execFileSync("ip", ["link", "set", name, "up"]);
 }
 
-/** Sends random bytes to whoever listens there; returns their MD5. */
-export function sendTo(
-  host: string,
-  port: number,
-  size: number,
-): Promise<string> {
-  return new Promise((resolve, reject) => {
-    const hash = createHash("md5");
-    // The guest has nothing to send, and says so at once.
-    const socket = connect({ port, host, allowHalfOpen: true });
-    let left = size;
-    const write = () => {
-      while (left > 0) {
-        const chunk = randomBytes(Math.min(left, 256 << 10));
-        left -= chunk.length;
-        hash.update(chunk);
-        if (!socket.write(chunk)) return;
-      }
-      socket.end();
-    };
-    socket.on("connect", write);
-    socket.on("drain", write);
-    socket.on("error", reject);
-    socket.on("close", () => resolve(hash.digest("hex")));
-    socket.resume();
-  });
+/** The guest's program for TCP (transfer.zig) at work on the host. */
+export interface Transfer {
+  /** The port, once it listens: `receive` only. */
+  readonly port: Promise<number>;
+  /** Of all bytes, at the end. */
+  readonly checksum: Promise<string>;
 }
 
-/** Takes one connection, and `size` bytes from it; their MD5. */
-export async function receiveOn(host: string, size: number) {
-  const hash = createHash("md5");
-  let left = size;
-  let done = (_digest: string) => {};
-  const digest = new Promise<string>((resolve) => done = resolve);
-  const server = createServer((socket) => {
-    socket.on("data", (chunk) => {
-      hash.update(chunk);
-      left -= chunk.length;
-      if (left > 0) return;
-      socket.end();
-      server.close();
-      done(left === 0 ? hash.digest("hex") : `${-left} bytes too many`);
+/** Starts it. */
+export function transfer(program: string, words: string[]): Transfer {
+  const child = spawn(program, words, { stdio: ["ignore", "pipe", "inherit"] });
+  let output = "";
+  let listens = (_port: number) => {};
+  const port = new Promise<number>((resolve) => listens = resolve);
+  child.stdout!.setEncoding("utf8").on("data", (text: string) => {
+    output += text;
+    const [, found] = /transfer listening (\d+)\n/.exec(output) ?? [];
+    if (found !== undefined) listens(Number(found));
+  });
+  const checksum = new Promise<string>((resolve, reject) => {
+    child.on("close", () => {
+      const [, sum] = /transfer \w+ ok: (\w+)/.exec(output) ?? [];
+      if (sum !== undefined) resolve(sum);
+      else reject(new Error(`transfer ${words.join(" ")}: ${output}`));
     });
-    socket.on("error", () => {});
   });
-  await new Promise<void>((resolve, reject) => {
-    server.once("error", reject);
-    server.listen(0, host, resolve);
-  });
-  return {
-    port: (server.address() as AddressInfo).port,
-    digest,
-    close: () => server.close(),
-  };
+  // It may fail before anybody asks.
+  checksum.catch(() => {});
+  return { port, checksum };
 }

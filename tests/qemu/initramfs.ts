@@ -104,6 +104,7 @@ export function buildInitramfs(
     archive.link(`bin/${name}`, "busybox");
   }
   archive.file("bin/verify", readFileSync(cache.verify), 0o755);
+  archive.file("bin/transfer", readFileSync(cache.transfer), 0o755);
   const order: string[] = [];
   const wanted = [
     ...MODULES,

@@ -3,23 +3,16 @@
 import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { tmpdir } from "node:os";
-import {
-  echoEnd,
-  type Frames,
-  type Net,
-  netDevice,
-  type NetEnd,
-  registerTarget,
-} from "../../mod.ts";
+import { type Net, netDevice, registerTarget } from "../../mod.ts";
 import { test } from "../harness.ts";
 import { testpmdMissing, testpmdProgram } from "../support/testpmd.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { eventually, within } from "../support/wait.ts";
+import { checkedEchoEnd, frameBytes } from "./checked_echo.ts";
 
 const missing = testpmdProgram === null ? testpmdMissing : null;
 /** Frames that must come round. */
 const enough = 5000;
-const frameBytes = 100;
 
 /** testpmd with one virtio_user port, driven by its prompt. */
 class Testpmd {
@@ -73,36 +66,6 @@ class Testpmd {
   }
 }
 
-/** The echo, with a look at each frame on its way. */
-function checkedEcho(wrong: string[]): NetEnd {
-  const echo = echoEnd();
-  const check = (frames: Frames) => {
-    for (let i = 0; i < frames.count; i++) {
-      const frame = frames.at(i);
-      let sum = 0;
-      const view = new DataView(frame.buffer, frame.byteOffset, frame.length);
-      for (let at = 14; at < 34; at += 2) sum += view.getUint16(at);
-      sum = (sum & 0xffff) + (sum >> 16);
-      const isRight = frame.length === frameBytes &&
-        view.getUint16(12) === 0x0800 && sum === 0xffff;
-      if (!isRight && wrong.length < 3) wrong.push(frame.toString());
-    }
-  };
-  return {
-    ...echo,
-    open(link) {
-      const port = echo.open(link);
-      return {
-        ...port,
-        receive(frames, pair) {
-          check(frames);
-          port.receive!(frames, pair);
-        },
-      };
-    },
-  };
-}
-
 /** Starts the frames, awaits that enough have come round, and stops them. */
 async function circulate(testpmd: Testpmd, nic: Net): Promise<void> {
   const done = nic.statistics.snapshot().toGuest.packets + enough;
@@ -120,82 +83,135 @@ async function circulate(testpmd: Testpmd, nic: Net): Promise<void> {
   await testpmd.printed(/Done\./);
 }
 
-function frontend(
-  name: string,
-  options: string,
-  queues = 1,
-): void {
-  const title = `virtio_user goes round with ${name}`;
-  if (missing !== null) return test.skip(title, missing);
-  test(title, async () => {
-    using folder = new TemporaryFolder();
-    const address = folder.file("socket");
-    const wrong: string[] = [];
-    const errors: string[] = [];
-    const onError = (error: Error) => void errors.push(error.message);
-    const nic = netDevice({
-      end: checkedEcho(wrong),
-      numQueues: queues,
-      onError,
-    });
-    await using _target = await registerTarget({
-      transport: "vhost-user",
-      address,
-      ...nic,
-      onError,
-    });
-    const vdev = `net_virtio_user0,path=${address},queues=${queues}${options}`;
-    await using testpmd = new Testpmd(vdev, queues);
-    await circulate(testpmd, nic);
-    // The queues stop, and go on.
-    await circulate(testpmd, nic);
-    assert.equal(await testpmd.quit(), 0);
-    const { fromGuest, toGuest } = nic.statistics.snapshot();
-    assert.equal(fromGuest.errors, 0);
-    assert.equal(fromGuest.bytes, fromGuest.packets * frameBytes);
-    assert.ok(toGuest.packets >= 2 * enough);
-    assert.deepEqual(wrong, []);
-    assert.deepEqual(errors, []);
-  });
+interface FrontendCase {
+  readonly name: string;
+  /** Arguments of virtio_user's. */
+  readonly options: string;
+  /** Queue pairs; 1 unless given. */
+  readonly queues?: number;
 }
 
-frontend("split rings, mergeable", ",in_order=0");
-frontend("split rings, not mergeable", ",in_order=0,mrg_rxbuf=0");
-frontend("split rings, in order", ",in_order=1");
-frontend(
-  "split rings, vectorised",
-  ",in_order=1,mrg_rxbuf=0,vectorized=1",
-);
-frontend("packed rings, mergeable", ",packed_vq=1,in_order=0");
-frontend("packed rings, not mergeable", ",packed_vq=1,in_order=0,mrg_rxbuf=0");
-frontend("packed rings, in order", ",packed_vq=1,in_order=1");
-frontend(
-  "packed rings, vectorised",
-  ",packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1",
-);
-frontend("two queue pairs", ",packed_vq=1", 2);
+const frontends: FrontendCase[] = [
+  { name: "split rings, mergeable", options: ",in_order=0" },
+  { name: "split rings, not mergeable", options: ",in_order=0,mrg_rxbuf=0" },
+  { name: "split rings, in order", options: ",in_order=1" },
+  {
+    name: "split rings, in order, not mergeable",
+    options: ",in_order=1,mrg_rxbuf=0",
+  },
+  {
+    name: "split rings, vectorised",
+    options: ",in_order=1,mrg_rxbuf=0,vectorized=1",
+  },
+  {
+    name: "split rings, vectorised, out of order",
+    options: ",in_order=0,mrg_rxbuf=0,vectorized=1",
+  },
+  { name: "split rings, two queue pairs", options: "", queues: 2 },
+  { name: "packed rings, mergeable", options: ",packed_vq=1,in_order=0" },
+  {
+    name: "packed rings, not mergeable",
+    options: ",packed_vq=1,in_order=0,mrg_rxbuf=0",
+  },
+  { name: "packed rings, in order", options: ",packed_vq=1,in_order=1" },
+  {
+    name: "packed rings, in order, not mergeable",
+    options: ",packed_vq=1,in_order=1,mrg_rxbuf=0",
+  },
+  {
+    name: "packed rings, vectorised",
+    options: ",packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1",
+  },
+  {
+    name: "packed rings, two queue pairs",
+    options: ",packed_vq=1",
+    queues: 2,
+  },
+];
 
-const server = "virtio_user that listens finds its back-end again";
-if (missing !== null) test.skip(server, missing);
-else test(server, reconnects);
+/** As many Workers as pairs, or none. */
+function served(workers: number): string {
+  return workers === 0
+    ? ""
+    : workers === 1
+    ? " in a Worker"
+    : " in two Workers";
+}
 
-async function reconnects(): Promise<void> {
+for (const one of frontends) {
+  const { name, queues = 1 } = one;
+  for (const workers of [0, queues]) {
+    const title = `virtio_user goes round with ${name}${served(workers)}`;
+    if (missing !== null) test.skip(title, missing);
+    else test(title, () => goRound(one, workers));
+  }
+}
+
+async function goRound(
+  { options, queues = 1 }: FrontendCase,
+  workers: number,
+): Promise<void> {
   using folder = new TemporaryFolder();
   const address = folder.file("socket");
-  const wrong: string[] = [];
-  const vdev = `net_virtio_user0,path=${address},queues=1,server=1`;
+  const errors: string[] = [];
+  const onError = (error: Error) => void errors.push(error.message);
+  const { end, wrong } = checkedEchoEnd();
+  const nic = netDevice({ end, numQueues: queues, onError });
+  await using _target = await registerTarget({
+    transport: "vhost-user",
+    address,
+    ...nic,
+    workers,
+    onError,
+  });
+  const vdev = `net_virtio_user0,path=${address},queues=${queues}${options}`;
+  await using testpmd = new Testpmd(vdev, queues);
+  await circulate(testpmd, nic);
+  // The queues stop, and go on.
+  await circulate(testpmd, nic);
+  assert.equal(await testpmd.quit(), 0);
+  const { fromGuest, toGuest } = nic.statistics.snapshot();
+  assert.equal(fromGuest.errors, 0);
+  assert.equal(fromGuest.bytes, fromGuest.packets * frameBytes);
+  assert.ok(toGuest.packets >= 2 * enough);
+  for (let pair = 0; pair < queues; pair++) {
+    assert.ok(nic.statistics.snapshot(pair).toGuest.packets > 0, `${pair}`);
+  }
+  assert.equal(wrong[0], 0);
+  assert.deepEqual(errors, []);
+}
+
+for (const rings of ["split", "packed"]) {
+  for (const workers of [0, 1]) {
+    const title =
+      `virtio_user that listens finds its back-end again, with ${rings} rings${
+        served(workers)
+      }`;
+    if (missing !== null) test.skip(title, missing);
+    else test(title, () => reconnects(rings, workers));
+  }
+}
+
+async function reconnects(rings: string, workers: number): Promise<void> {
+  using folder = new TemporaryFolder();
+  const address = folder.file("socket");
+  const { end, wrong } = checkedEchoEnd();
+  const vdev = `net_virtio_user0,path=${address},queues=1,server=1,packed_vq=${
+    rings === "packed" ? 1 : 0
+  }`;
   await using testpmd = new Testpmd(vdev, 1);
   for (let round = 0; round < 3; round++) {
-    const nic = netDevice({ end: checkedEcho(wrong) });
+    const nic = netDevice({ end });
     await using _target = await registerTarget({
       transport: "vhost-user",
       address,
       connect: true,
       ...nic,
+      workers,
     });
     if (round > 0) await testpmd.printed(/reconnection succeeds/);
     await circulate(testpmd, nic);
   }
   assert.equal(await testpmd.quit(), 0);
-  assert.deepEqual(wrong, []);
+  assert.equal(wrong[0], 0);
 }

@@ -3,26 +3,28 @@
 import assert from "node:assert/strict";
 import { test } from "../harness.ts";
 import { startNetBackend } from "./backend.ts";
+import { guestCache } from "./cache.ts";
 import { type GuestNic, startGuest } from "./guest.ts";
 import {
   configureInterface,
   makeSubnet,
-  receiveOn,
-  sendTo,
   tapMissing,
+  transfer,
 } from "./host_network.ts";
 
-const MiB = 1 << 20;
+const GiB = 1 << 30;
+/** In the guest. */
 const port = 5001;
 
 interface TapCase {
   name: string;
-  /**
-   * Bytes each way: what takes less than 40 s under TCG, where the guest's nc,
-   * 1 KiB per system call, and its md5sum set the pace.
-   */
-  size: number;
   queues?: number;
+  /** Threads of the back-end's that serve the queue pairs; 0 unless given. */
+  workers?: number;
+  /** An IOMMU that each frame's buffer goes through. */
+  iommu?: "strict" | "passthrough";
+  /** Bytes each way; 1 GiB unless given. */
+  size?: number;
   properties?: GuestNic["properties"];
   /** Feature bits that the driver must have taken (1) or not (0), by number. */
   bits: Record<number, 0 | 1>;
@@ -35,57 +37,96 @@ const allOff = Object.fromEntries(
   ].map((name) => [name, false]),
 );
 
+const offloaded = { 0: 1, 1: 1, 7: 1, 11: 1 } as const;
 const cases: TapCase[] = [
   {
     name: "with checksum and segmentation offloads",
-    size: 48 * MiB,
-    bits: { 0: 1, 1: 1, 7: 1, 11: 1, 15: 1, 34: 0 },
+    bits: { ...offloaded, 15: 1, 34: 0 },
+  },
+  {
+    name: "with offloads, from a Worker",
+    workers: 1,
+    bits: { ...offloaded, 15: 1, 34: 0 },
+  },
+  {
+    name: "without any offload, from a Worker",
+    workers: 1,
+    properties: allOff,
+    bits: { 0: 0, 1: 0, 7: 0, 11: 0, 15: 1 },
   },
   {
     name: "without any offload",
-    size: 8 * MiB,
+    size: GiB / 8,
     properties: allOff,
     bits: { 0: 0, 1: 0, 7: 0, 11: 0, 15: 1 },
   },
   {
     name: "without mergeable buffers",
-    size: 16 * MiB,
+    size: GiB / 4,
     properties: { mrg_rxbuf: false },
     bits: { 0: 1, 7: 1, 15: 0 },
   },
   {
     name: "over packed rings, with two queue pairs",
-    size: 16 * MiB,
+    size: GiB / 4,
     queues: 2,
     properties: { packed: true },
     bits: { 22: 1, 34: 1 },
+  },
+  {
+    name: "over split rings, with two queue pairs in two Workers",
+    size: GiB / 4,
+    queues: 2,
+    workers: 2,
+    bits: { 22: 1, 34: 0 },
+  },
+  {
+    name: "behind a strict IOMMU",
+    iommu: "strict",
+    size: GiB / 8,
+    bits: { ...offloaded, 33: 1 },
+  },
+  {
+    name: "behind a passthrough IOMMU, over packed rings, from a Worker",
+    iommu: "passthrough",
+    workers: 1,
+    size: GiB / 4,
+    properties: { packed: true },
+    bits: { ...offloaded, 33: 1, 34: 1 },
   },
 ];
 
 const missing = tapMissing();
 for (const one of cases) {
-  const name = `a guest pings the host and moves ${one.size / MiB} MiB each ` +
+  const { size = GiB } = one;
+  const name = `a guest pings the host and moves ${size / GiB} GiB each ` +
     `way over TAP, ${one.name}`;
-  if (missing === null) test(name, () => overTap(one), 200);
+  if (missing === null) test(name, () => overTap(one, size), 300);
   else test.skip(name, missing);
 }
 
-async function overTap({ size, queues = 1, properties, bits }: TapCase) {
+async function overTap(one: TapCase, size: number): Promise<void> {
+  const { queues = 1, workers = 0, iommu, properties, bits } = one;
   await using backend = await startNetBackend([
     ...["--tap", "vhost2t%d", "--num-queues", String(queues)],
+    ...["--workers", String(workers)],
   ]);
   const [, interfaceName] = /\(tap (\S+),/.exec(backend.output())!;
   const { host, guest: address } = makeSubnet();
   configureInterface(interfaceName, host);
-  const sink = await receiveOn(host, size);
+  const program = guestCache().transfer;
+  const sink = transfer(program, ["receive", "0", String(size)]);
   await using guest = await startGuest({
     cpus: queues,
+    lifetimeMs: 300_000,
+    iommu,
     backends: [backend],
     nics: [{
       id: "nic",
       socketPath: backend.socketPath,
       mac: "52:54:00:00:00:01",
       queues,
+      iommuPlatform: iommu !== undefined,
       properties,
     }],
     script: `
@@ -96,21 +137,8 @@ async function overTap({ size, queues = 1, properties, bits }: TapCase) {
       ping -c 3 -w 20 ${host} >/dev/null
       ping -c 2 -s 20000 -w 20 ${host} >/dev/null
       echo pinged
-      # Its input must not end before what it receives does.
-      mkfifo /tmp/quiet
-      exec 3<>/tmp/quiet
-      nc -l -p ${port} <&3 | md5sum >/tmp/sum &
-      while ! netstat -tln | grep -q :${port}; do usleep 20000; done
-      echo listening
-      wait
-      echo "received $(cut -c1-32 /tmp/sum)"
-      dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
-      for i in $(seq ${size / (8 * MiB)}); do cat /tmp/data; done \\
-        | nc ${host} ${sink.port} &
-      for i in $(seq ${size / (8 * MiB)}); do cat /tmp/data; done | md5sum \\
-        >/tmp/sum
-      wait
-      echo "sent $(cut -c1-32 /tmp/sum)"
+      transfer receive ${port} ${size}
+      transfer send ${host} ${await sink.port} ${size}
     `,
   });
   const [, features] = await guest.waitFor(/^features ([01]+)/);
@@ -119,15 +147,22 @@ async function overTap({ size, queues = 1, properties, bits }: TapCase) {
   }
   await guest.waitFor(new RegExp(`^queues ${queues}$`));
   await guest.waitFor(/^pinged$/);
-  await guest.waitFor(/^listening$/);
+  await guest.waitFor(/^transfer listening/);
+  const limit = { timeoutMs: 240_000 };
   const started = performance.now();
-  const digest = await sendTo(address, port, size);
-  const [, received] = await guest.waitFor(/^received (\w+)/);
-  assert.equal(received, digest);
+  const source = transfer(program, [
+    ...["send", address, String(port), String(size)],
+  ]);
+  const [, received] = await guest.waitFor(
+    /^transfer receive ok: (\w+)/,
+    limit,
+  );
+  assert.equal(received, await source.checksum);
   const between = performance.now();
-  const [, sent] = await guest.waitFor(/^sent (\w+)/);
-  assert.equal(sent, await sink.digest);
-  const rate = (ms: number) => `${Math.round(size / MiB / (ms / 1000))} MiB/s`;
+  const [, sent] = await guest.waitFor(/^transfer send ok: (\w+)/, limit);
+  assert.equal(sent, await sink.checksum);
+  const rate = (ms: number) =>
+    `${Math.round(size / (1 << 20) / (ms / 1000))} MiB/s`;
   console.log(
     `to the guest ${rate(between - started)}, from it ${
       rate(performance.now() - between)
@@ -135,12 +170,13 @@ async function overTap({ size, queues = 1, properties, bits }: TapCase) {
   );
   assert.equal(await guest.exited, 0);
   await backend.stop();
+  assert.doesNotMatch(backend.output(), /Cannot/);
 }
 
 test(
   "two guests ping each other and move data over the switch, offloading to each other",
   async () => {
-    const size = 16 * MiB;
+    const size = GiB / 2;
     await using backend = await startNetBackend(["--switch", "lan"]);
     const start = (number: number, script: string) =>
       startGuest({
@@ -162,32 +198,24 @@ test(
     await using receiver = await start(
       2,
       `
-      mkfifo /tmp/quiet
-      exec 3<>/tmp/quiet
-      nc -l -p ${port} <&3 | md5sum >/tmp/sum &
-      while ! netstat -tln | grep -q :${port}; do usleep 20000; done
-      echo listening
-      wait
-      echo "received $(cut -c1-32 /tmp/sum)"
+      transfer receive ${port} ${size}
       read line
     `,
     );
-    await receiver.waitFor(/^listening$/);
+    await receiver.waitFor(/^transfer listening/);
     await using sender = await start(
       1,
       `
       ping -c 3 -w 20 10.0.0.2 >/dev/null
       ping -c 2 -s 20000 -w 20 10.0.0.2 >/dev/null
       echo pinged
-      dd if=/dev/urandom of=/tmp/data bs=1M count=${size / MiB} 2>/dev/null
-      echo "sent $(md5sum </tmp/data | cut -c1-32)"
-      nc 10.0.0.2 ${port} </tmp/data &
+      transfer send 10.0.0.2 ${port} ${size}
       read line
     `,
     );
     await sender.waitFor(/^pinged$/);
-    const [, sent] = await sender.waitFor(/^sent (\w+)/);
-    const [, received] = await receiver.waitFor(/^received (\w+)/);
+    const [, sent] = await sender.waitFor(/^transfer send ok: (\w+)/);
+    const [, received] = await receiver.waitFor(/^transfer receive ok: (\w+)/);
     assert.equal(received, sent);
     for (const guest of [sender, receiver]) {
       guest.type("end");

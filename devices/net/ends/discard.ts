@@ -13,6 +13,8 @@ export function discardEnd(): NetEnd {
   return {
     name: "discard",
     offloads: all,
+    endsByEvents: true,
+    toPortable: () => ({ kind: "discard" }),
     open: () => ({ receive() {}, close() {} }),
     close() {},
   };

@@ -15,6 +15,8 @@ export function echoEnd(): NetEnd {
     name: "echo",
     // As it came it goes back: a guest gets complete frames if it sends such.
     offloads: 0,
+    endsByEvents: true,
+    toPortable: () => ({ kind: "echo" }),
     open: (link) => ({
       receive(frames, pair) {
         const { words, halves, count } = frames;

@@ -34,6 +34,8 @@ export interface NetLink {
   readonly name: string;
   /** Queue pairs at most. */
   readonly pairCount: number;
+  /** Those from 0 on that the guest uses: all unless it says otherwise. */
+  readonly pairsInUse: number;
   /** `Offload` bits that the guest takes now; others are done for it. */
   readonly guestOffloads: number;
   /**
@@ -84,14 +86,45 @@ export interface EndPort {
   receive?(frames: Frames, pair: number): void;
   /** Asked before each burst: true while the guest's frames have to wait. */
   isCongested?(): boolean;
-  /** The guest has given receive buffers, after a `send` that lacked some. */
+  /**
+   * The guest's receive queue of a pair has started, or has buffers again after
+   * a `send` that lacked some.
+   */
   ready?(pair: number): void;
+  /** It takes no frames any more, until the next `ready`. */
+  unready?(pair: number): void;
+  /** `NetLink.pairsInUse` has changed. Called in one isolate only. */
+  usePairs?(): void;
   /** See `NetLink.wantWake`. */
   wake?(pair: number): void;
   /** Features are negotiated: `NetLink.guestOffloads` is right from now on. */
   negotiated?(): void;
   /** The front-end has gone: the link is of no more use. */
   close(): void;
+}
+
+/** An end on its way to a Worker: what `NetEnd.toPortable` gives. */
+export type PortableEnd =
+  | { readonly kind: "echo" | "discard" }
+  | {
+    readonly kind: "tap";
+    readonly name: string;
+    /** The queues of the interface: the registering thread's. */
+    readonly fds: readonly number[];
+  }
+  | {
+    readonly kind: "pcap";
+    readonly capture: PortableCapture;
+    readonly end: PortableEnd;
+  };
+
+/** The file of a capture on its way to a Worker. */
+export interface PortableCapture {
+  /** Absolute. */
+  readonly path: string;
+  readonly snapLength: number;
+  /** Where the writers of the file meet. */
+  readonly shared: SharedArrayBuffer;
 }
 
 /** The other end of a network device's cable. */
@@ -101,7 +134,20 @@ export interface NetEnd {
   /** `Offload` bits of frames that it takes, and may send. */
   readonly offloads: number;
   /**
-   * A front-end has connected.
+   * Whether all that its ports do is caused by frames and by events of
+   * descriptors: a Worker may then sleep until those come. Unless true, an end
+   * is taken to wait for JavaScript: a timer, a promise, a stream.
+   */
+  readonly endsByEvents?: boolean;
+  /**
+   * What a Worker makes the same end of. Without it the end belongs to its
+   * isolate, and its device is served there.
+   */
+  toPortable?(): PortableEnd;
+  /**
+   * A front-end has connected. In Workers each makes an end of its own, and
+   * opens it for each front-end that it serves queues of; a front-end's queue
+   * pair is in one Worker.
    *
    * @throws Vhost2Error IN_USE when the end has no port for it
    */

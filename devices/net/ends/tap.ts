@@ -60,6 +60,9 @@ function openQueue(
   );
 }
 
+/** EBADFD: a queue that is not attached takes and gives no frames. */
+const notAttached = -77;
+
 /** What comes from one queue of the interface. */
 class TapReader implements Turn {
   /** The kernel wakes us. */
@@ -121,7 +124,15 @@ class TapReader implements Turn {
     const { count } = this.#frames;
     if (this.#done === count) return true;
     this.#done += this.#link.send(this.#frames, this.#pair, this.#done);
+    // The guest has given the pair up since: nobody will take the rest.
+    if (this.#pair >= this.#link.pairsInUse) this.#drop();
     return this.#done === count;
+  }
+
+  #drop(): void {
+    const { count } = this.#frames;
+    if (this.#done < count) this.#link.drop(this.#pair, count - this.#done);
+    this.#done = count;
   }
 
   #broken(errno: number): void {
@@ -140,7 +151,9 @@ class TapReader implements Turn {
   }
 
   close(): void {
+    if (this.#isOpen) this.#flush();
     this.#isOpen = false;
+    this.#drop();
     deactivate(this);
     this.#watch.close();
   }
@@ -149,14 +162,14 @@ class TapReader implements Turn {
 class TapPort implements EndPort {
   readonly #link: NetLink;
   readonly #fds: readonly number[];
-  readonly #readers: TapReader[];
+  /** Of the pairs whose receive queues are here and have started. */
+  readonly #readers = new Map<number, TapReader>();
   readonly #closed: () => void;
 
   constructor(link: NetLink, fds: readonly number[], closed: () => void) {
     this.#link = link;
     this.#fds = fds;
     this.#closed = closed;
-    this.#readers = fds.map((fd, pair) => new TapReader(fd, link, pair));
   }
 
   negotiated(): void {
@@ -170,25 +183,75 @@ class TapPort implements EndPort {
 
   receive(frames: Frames, pair: number): void {
     const { count } = frames;
-    const written = core.tapWrite(
-      this.#fds[pair % this.#fds.length],
-      frames.words,
-      0,
-      count,
-      frames.bytes,
-      frames.bytes.length,
-      droppedOut,
-    );
+    let written = this.#write(frames, this.#fds[pair % this.#fds.length]);
+    // The guest sends on a pair by which it does not receive.
+    if (written === notAttached) written = this.#write(frames, this.#fds[0]);
     const lost = written < 0 ? count : count - written + droppedOut[0];
     if (lost > 0) this.#link.lose(pair, lost);
   }
 
-  ready(): void {
-    for (const reader of this.#readers) reader.wake();
+  #write(frames: Frames, fd: number): number {
+    return core.tapWrite(
+      fd,
+      frames.words,
+      0,
+      frames.count,
+      frames.bytes,
+      frames.bytes.length,
+      droppedOut,
+    );
+  }
+
+  ready(pair: number): void {
+    const fd = this.#fds[pair];
+    if (fd !== undefined && !this.#readers.has(pair)) {
+      this.#attach(pair, pair < this.#link.pairsInUse);
+      this.#readers.set(pair, new TapReader(fd, this.#link, pair));
+    }
+    // One pair takes what comes for another that has stopped.
+    for (const reader of this.#readers.values()) reader.wake();
+  }
+
+  unready(pair: number): void {
+    // There is always one queue to which frames come: they wait there.
+    if (pair === 0) return;
+    this.#attach(pair, false);
+    this.#readers.get(pair)?.close();
+    this.#readers.delete(pair);
+  }
+
+  usePairs(): void {
+    // Those of other Workers too: their queues are this process's.
+    for (let pair = 1; pair < this.#fds.length; pair++) {
+      this.#attach(pair, pair < this.#link.pairsInUse);
+    }
+  }
+
+  /** Whether the kernel sends frames to a queue; to the first it always does. */
+  #attach(queue: number, isWanted: boolean): void {
+    if (queue === 0 || queue >= this.#fds.length) return;
+    const errno = -core.tapAttachQueue(this.#fds[queue], isWanted ? 1 : 0);
+    if (errno <= 0) return;
+    this.#link.report(
+      new Vhost2Error(
+        "SYSTEM",
+        `Cannot ${
+          isWanted ? "attach" : "detach"
+        } queue ${queue} of the TAP interface of ${this.#link.name}: ${
+          errnoName(errno)
+        }`,
+        { errno },
+      ),
+    );
   }
 
   close(): void {
-    for (const reader of this.#readers) reader.close();
+    for (const reader of this.#readers.values()) reader.close();
+    this.#readers.clear();
+    // A Worker that has died could not.
+    for (let pair = 1; pair < this.#fds.length; pair++) {
+      this.#attach(pair, false);
+    }
     this.#closed();
   }
 }
@@ -218,15 +281,37 @@ export function tapEnd(options: TapOptions): NetEnd {
       const opened = openQueue(name, numQueues > 1);
       fds.push(opened.fd);
       name = opened.name;
+      // Frames come to those by which a guest receives.
+      if (queue > 0) {
+        check(
+          core.tapAttachQueue(opened.fd, 0),
+          `Cannot detach a queue of TAP interface "${name}"`,
+        );
+      }
     }
   } catch (error) {
     close();
     throw error;
   }
+  return endOver(name, fds, close);
+}
+
+/** In a Worker: over queues that another isolate has opened. */
+export function sharedTapEnd(name: string, fds: readonly number[]): NetEnd {
+  return endOver(name, fds, () => {});
+}
+
+function endOver(
+  name: string,
+  fds: readonly number[],
+  close: () => void,
+): NetEnd {
   let hasPort = false;
   return {
     name,
     offloads,
+    endsByEvents: true,
+    toPortable: () => ({ kind: "tap", name, fds }),
     open(link) {
       if (hasPort) {
         throw new Vhost2Error(
