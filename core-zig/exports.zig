@@ -40,6 +40,7 @@ pub const manifest = .{
     // The process: call `core_init` once per isolate, it counts nothing.
     .{ "core_hash", core_hash, "" },
     .{ "core_init", process.init, "" },
+    .{ "page_offset", process.pageOffset, "buffer" },
     .{ "thread_id", process.threadId, "" },
     .{ "thread_is_alive", process.threadIsAlive, "thread" },
 

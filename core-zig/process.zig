@@ -32,6 +32,11 @@ pub fn threadIsAlive(thread: i32) callconv(.c) i32 {
     return @intFromBool(linux.linux.errno(raw) != .SRCH);
 }
 
+/// Bytes from the start of a page to the start of `buffer`.
+pub fn pageOffset(buffer: ?[*]u8) callconv(.c) u32 {
+    return @truncate(@intFromPtr(buffer) % std.heap.page_size_min);
+}
+
 var lock: sync.Mutex = .{};
 var is_ready: bool = false;
 

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 687318185;
+export const abiHash = 572493456;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -17,6 +17,12 @@ export const functions = {
     parameters: [],
     names: "",
     result: "i32",
+  },
+  pageOffset: {
+    symbol: "vhost2_page_offset",
+    parameters: ["buffer"],
+    names: "buffer",
+    result: "u32",
   },
   threadId: {
     symbol: "vhost2_thread_id",

@@ -22,6 +22,7 @@ const stage = @import("stage.zig");
 const tables = @import("table.zig");
 const views = @import("views.zig");
 const copying = @import("copy.zig");
+const prefetch = @import("../prefetch.zig");
 const iotlb = @import("iotlb.zig");
 const DirtyLog = @import("dirty_log.zig").DirtyLog;
 const Handles = @import("../handles.zig").Handles;
@@ -411,21 +412,61 @@ pub fn copy(handle: u32, copies: ?[*]const layout.Copy, count: u32, buffer: ?[*]
     const target = buffer orelse return sys.fail(.INVAL);
     const table = self.enter();
     defer self.leave();
-    for (0..2) |pass| {
-        for (list[0..count]) |*shared| {
-            // Read once each time and checked each time: another isolate may
-            // be writing there.
-            const one = @as(*const volatile layout.Copy, shared).*;
-            const guest = table.pointerOf(one.view, one.offset, one.length) orelse return sys.fail(.FAULT);
-            if (one.buffer_offset > size or one.length > size - one.buffer_offset) return sys.fail(.INVAL);
-            if (one.access != layout.access_read and one.access != layout.access_write) return sys.fail(.INVAL);
-            if (pass == 0) continue;
-            const local = target + @as(usize, @intCast(one.buffer_offset));
-            if (one.access == layout.access_write) copying.copy(guest, local, one.length) else copying.copy(local, guest, one.length);
-        }
+    var place: Place = .{ .table = table, .buffer = target, .size = size };
+    for (list[0..count]) |*one| {
+        const errno = place.find(one);
+        if (errno != 0) return errno;
+    }
+    for (list[0..count], 0..) |*one, i| {
+        // Checked again: another isolate may be writing there.
+        const errno = place.find(one);
+        if (errno != 0) return errno;
+        const now = place;
+        if (i + 1 < count and place.find(&list[i + 1]) == 0) place.expect();
+        copying.copy(now.to, now.from, now.length);
     }
     return 0;
 }
+
+/// Where a copy is from and to.
+const Place = struct {
+    table: *const Table,
+    buffer: [*]u8,
+    size: u64,
+    to: [*]u8 = undefined,
+    from: [*]const u8 = undefined,
+    length: u32 = undefined,
+
+    /// Returns 0, or a negative errno.
+    inline fn find(self: *Place, shared: *const layout.Copy) i32 {
+        // Read once, and only then checked.
+        const one = @as(*const volatile layout.Copy, shared).*;
+        const guest = self.table.pointerOf(one.view, one.offset, one.length) orelse return sys.fail(.FAULT);
+        if (one.buffer_offset > self.size or one.length > self.size - one.buffer_offset) return sys.fail(.INVAL);
+        const local = self.buffer + @as(usize, @intCast(one.buffer_offset));
+        self.length = one.length;
+        switch (one.access) {
+            layout.access_write => {
+                self.to = guest;
+                self.from = local;
+            },
+            layout.access_read => {
+                self.to = local;
+                self.from = guest;
+            },
+            else => return sys.fail(.INVAL),
+        }
+        return 0;
+    }
+
+    /// It is copied next: what comes first, the processor's own prefetcher
+    /// would have to be told by missing it.
+    inline fn expect(self: *const Place) void {
+        const most = 8 * 64;
+        var at: u32 = 0;
+        while (at < @min(self.length, most)) : (at += 64) prefetch.forReading(self.from + at);
+    }
+};
 
 /// -EBUSY while a region is published, staged or not released, and before the
 /// end of postcopy. Afterwards the

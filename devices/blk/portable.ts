@@ -37,7 +37,7 @@ function open(backing: PortableBacking): Backing {
     case "null":
       return nullBacking(backing.size);
     case "memory":
-      return sharedMemoryBacking(backing.bytes, backing.written);
+      return sharedMemoryBacking(backing);
     case "file":
       return sharedFileBacking(
         backing.path,

@@ -91,6 +91,9 @@ export type PortableBacking =
   | {
     readonly kind: "memory";
     readonly bytes: SharedArrayBuffer;
+    /** Where the disk is in it. */
+    readonly start: number;
+    readonly size: number;
     readonly written: SharedArrayBuffer;
   }
   | {

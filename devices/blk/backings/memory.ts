@@ -6,9 +6,15 @@
  */
 
 import { constants as bufferLimits } from "node:buffer";
+import { core } from "../../../ffi/core.ts";
 import { Vhost2Error } from "../../../ffi/errors.ts";
 import { SegmentWord } from "../../../virtqueue/mod.ts";
-import type { Backing, BackingClient, BackingQueue } from "./backing.ts";
+import type {
+  Backing,
+  BackingClient,
+  BackingQueue,
+  PortableBacking,
+} from "./backing.ts";
 import { Status } from "./backing.ts";
 import { Copies, fromGuest, toGuest } from "./copies.ts";
 import { largeBytes, Slices } from "./slices.ts";
@@ -16,9 +22,12 @@ import { largeBytes, Slices } from "./slices.ts";
 /** Zeroing skips what was never written, in steps of these many bytes. */
 const stepShift = 16;
 const stepSize = 1 << stepShift;
+const pageSize = 4096;
 
 /** Used up inside one batch, so that all queues of an isolate share them. */
 const copies = new Copies();
+
+type PortableMemory = Extract<PortableBacking, { kind: "memory" }>;
 
 class Storage {
   /** At least as many as the disk has. */
@@ -28,8 +37,11 @@ class Storage {
   /** Workers have it too: it stays where it is. */
   isShared = false;
 
-  constructor(bytes: SharedArrayBuffer, written: SharedArrayBuffer) {
-    this.bytes = new Uint8Array(bytes);
+  constructor(
+    bytes: Uint8Array<SharedArrayBuffer>,
+    written: SharedArrayBuffer,
+  ) {
+    this.bytes = bytes;
     this.written = new Uint8Array(written);
   }
 
@@ -84,9 +96,12 @@ class Storage {
   }
 }
 
-function allocate(size: number): SharedArrayBuffer {
+/** Aligned to pages, as guests' buffers are: copies are a third faster so. */
+function allocate(size: number): Uint8Array<SharedArrayBuffer> {
   try {
-    return new SharedArrayBuffer(size);
+    const buffer = new SharedArrayBuffer(size + pageSize);
+    const start = pageSize - core.pageOffset(new Uint8Array(buffer));
+    return new Uint8Array(buffer, start % pageSize, size);
   } catch (cause) {
     throw new Vhost2Error(
       "OPTION",
@@ -224,10 +239,10 @@ export function memoryBacking(
 
 /** In a Worker: over memory that another isolate has made. */
 export function sharedMemoryBacking(
-  bytes: SharedArrayBuffer,
-  written: SharedArrayBuffer,
+  { bytes, start, size, written }: PortableMemory,
 ): Backing {
-  return backingOver(new Storage(bytes, written), bytes.byteLength);
+  const disk = new Uint8Array(bytes, start, size);
+  return backingOver(new Storage(disk, written), size);
 }
 
 function backingOver(storage: Storage, size: number): Backing {
@@ -244,7 +259,13 @@ function backingOver(storage: Storage, size: number): Backing {
     toPortable() {
       storage.isShared = true;
       const { bytes, written } = storage;
-      return { kind: "memory", bytes: bytes.buffer, written: written.buffer };
+      return {
+        kind: "memory",
+        bytes: bytes.buffer,
+        start: bytes.byteOffset,
+        size: bytes.length,
+        written: written.buffer,
+      };
     },
     resize(size) {
       storage.resize(current, size);
