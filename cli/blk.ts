@@ -18,9 +18,10 @@ import { registerTarget, type Target } from "../mod.ts";
 import type { BlkArguments } from "./arguments.ts";
 import {
   deferred,
-  describeSocket,
+  describePlace,
   isConnected,
   stopSignal,
+  transportOf,
 } from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
@@ -54,10 +55,10 @@ export function formatSize(size: number): string {
 }
 
 function readyLine(options: BlkArguments, disk: Blk): string {
-  const { address, source, numQueues } = options;
+  const { place, source, numQueues } = options;
   const what = source.kind === "file" ? source.path : source.kind;
   const queues = numQueues === 1 ? "1 queue" : `${numQueues} queues`;
-  return `vhost2: ${describeSocket(address, options.isConnecting)} (${
+  return `vhost2: ${describePlace(place)} (${
     formatSize(disk.size)
   }, ${what}, ${queues})`;
 }
@@ -69,7 +70,7 @@ function readyLine(options: BlkArguments, disk: Blk): string {
  * @throws Vhost2Error when it cannot be served
  */
 export async function serveBlk(options: BlkArguments): Promise<void> {
-  const endsWithConnection = isConnected(options.address);
+  const endsWithConnection = isConnected(options.place);
   const backing = openBacking(options);
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
@@ -84,15 +85,14 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       numQueues: options.numQueues,
       onError: report,
     });
-    const { device, features, protocolFeatures, queueCount } = disk;
+    const { device, features, protocolFeatures, queueCount, deviceType } = disk;
     const { promise: ended, resolve: end } = deferred();
     target = await registerTarget({
-      transport: "vhost-user",
-      address: options.address,
-      connect: options.isConnecting,
+      ...transportOf(options.place),
       features,
       protocolFeatures,
       queueCount,
+      deviceType,
       postcopy: options.hasPostcopy,
       workers: options.workers,
       pollMicroseconds: options.pollMicroseconds,

@@ -61,8 +61,8 @@ export interface DeviceOptions {
    */
   readonly protocolFeatures?: bigint;
   /**
-   * The type of device where that opens messages of its own: `"gpu"` opens
-   * GPU_SET_SOCKET.
+   * The type of device, where somebody has to know: `"gpu"` opens
+   * GPU_SET_SOCKET, and the kernel (VDUSE) takes `"block"` and `"net"`.
    */
   readonly deviceType?: string;
   /**
@@ -192,6 +192,7 @@ export class Target {
     try {
       const opened = openTransport(this.#options, {
         queueCount: this.#options.queueCount ?? 1,
+        deviceType: this.#options.deviceType,
         connected: (connection) => this.#serve(connection),
         failed: (error) => this.#report(error, null),
       });
@@ -225,7 +226,7 @@ export class Target {
     return this.#reports.get(device) ?? 0;
   }
 
-  #serve(connection: Connection): void {
+  #serve(connection: Connection): Promise<void> {
     let session: Session;
     try {
       session = new Session(connection, {
@@ -249,7 +250,7 @@ export class Target {
       this.#report(error as Vhost2Error, null);
       // Later: a transport that is just being opened is not in place yet.
       queueMicrotask(() => this.#transport?.disconnected(connection));
-      return;
+      return Promise.resolve();
     }
     const ended = session.run()
       .catch((error) => this.#report(error, session.device))
@@ -258,6 +259,7 @@ export class Target {
         this.#transport?.disconnected(connection);
       });
     this.#sessions.set(session, ended);
+    return ended;
   }
 
   #makeDevice(device: Device) {
@@ -284,6 +286,7 @@ export class Target {
   }
 
   async #close(): Promise<void> {
+    await this.#transport?.dismiss?.();
     const closed = this.#transport?.close();
     for (const session of this.#sessions.keys()) session.close();
     while (this.#sessions.size > 0) {

@@ -20,6 +20,7 @@ import {
 } from "./debian.mjs";
 import { capture, SetupError, step } from "./step.mjs";
 import { fetchTestpmd } from "./testpmd.mjs";
+import { fetchVdpaGuest } from "./vdpa_guest.mjs";
 
 export const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 export const BIN = join(ROOT, "node_modules", ".bin");
@@ -91,6 +92,7 @@ export async function prepareGuest() {
   await installQemu();
   if (!existsSync(join(GUEST, "manifest.json"))) await fetchGuest();
   await fetchTestpmd(CACHE);
+  await fetchVdpaGuest(CACHE);
   await buildGuestTools();
 }
 

@@ -15,7 +15,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { guestCache } from "./cache.ts";
+import { guestCache, type KernelName } from "./cache.ts";
 import { buildInitramfs, type GuestExtras } from "./initramfs.ts";
 import { QmpConnection, type QmpEvent } from "./qmp.ts";
 
@@ -67,6 +67,8 @@ export interface GuestOptions {
   drives?: string[];
   /** What the guest has beside busybox and the disk verifier. */
   extras?: GuestExtras;
+  /** Its kernel; that of the release unless given. */
+  kernel?: KernelName;
   /** Run by the guest; without it the firmware boots from a disk. */
   script?: string;
   /** Waits to take over a running guest with the same options: migration.ts. */
@@ -169,7 +171,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     ...["-qmp", `unix:${qmpPath}`],
   ];
   if (script !== undefined) {
-    const cache = guestCache();
+    const cache = guestCache(options.kernel);
     const initramfs = join(folder, "initramfs");
     writeFileSync(
       initramfs,
