@@ -160,8 +160,14 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
       ? ["-device", `intel-iommu,intremap=${isIsolating ? "on" : "off"}`]
       : []),
     // The disk verifier uses the crc32 instruction; rdrand saves the kernel
-    // the second in which it collects randomness otherwise.
-    ...["-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"],
+    // the second in which it collects randomness otherwise. QEMU 7.2's TCG
+    // spoils the flags of cmpxchg16b, on which newer kernels' allocators rely.
+    ...[
+      "-cpu",
+      `qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand${
+        options.kernel === "vdpa" ? ",-cx16" : ""
+      }`,
+    ],
     ...["-smp", String(cpus), "-m", memoryArgument(options)],
     "-object",
     `memory-backend-memfd,id=mem,size=${memoryMb}M,share=on`,
