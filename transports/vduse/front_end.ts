@@ -274,7 +274,6 @@ export class VduseFrontEnd {
 
   /** Starts what is ready, and looks again later for what is not. */
   async #startQueues(): Promise<void> {
-    clearTimeout(this.#look);
     const { run } = this.#running!;
     for (const [index, state] of this.#queues.entries()) {
       if (state === "started") continue;
@@ -286,9 +285,12 @@ export class VduseFrontEnd {
         await this.#startQueue(index, info);
       }
     }
-    if (this.#hasEnded || this.#queues.every((state) => state === "started")) {
-      return;
-    }
+    if (this.#queues.some((state) => state !== "started")) this.#lookLater();
+  }
+
+  #lookLater(): void {
+    clearTimeout(this.#look);
+    if (this.#hasEnded) return;
     this.#look = setTimeout(
       () =>
         this.#enqueue(async () => {
@@ -346,7 +348,7 @@ export class VduseFrontEnd {
         }`,
       );
     }
-    if (this.#queues[index] !== "started") {
+    if ((this.#queues[index] ?? "waiting") === "waiting") {
       return { queue: index, base: info.base, isPacked };
     }
     const { num } = await this.#connection.ask(FrontendRequest.GET_VRING_BASE, {
@@ -354,6 +356,7 @@ export class VduseFrontEnd {
       num: 0,
     });
     this.#queues[index] = "asked";
+    this.#lookLater();
     return { queue: index, base: num, isPacked };
   }
 
