@@ -188,3 +188,58 @@ vduseTest(
     assert.doesNotMatch(said, /is not a head|out of range|I\/O error|FAILED/);
   },
 );
+
+vduseTest(
+  "a network card of ours is one of the kernel itself: pinged, loaded, killed and taken up again",
+  async () => {
+    await using guest = await startVduseGuest(`
+      card() {
+        serve serving cli/main.ts net --vduse net0 --tap tap0 \\
+          --mac 52:54:00:12:34:56
+        ifconfig tap0 10.0.0.1 netmask 255.255.255.0 up
+      }
+      card
+      for n in $(seq 100); do [ -d /sys/class/net/eth0 ] && break; usleep 50000; done
+      cat /sys/class/net/eth0/address
+      # The card in a network of its own: both ends of the cable are here.
+      unshare -n sleep 1000 & inner=$!
+      inside() { nsenter -n -t $inner "$@"; }
+      for n in $(seq 50); do ip link set eth0 netns $inner && break; usleep 50000; done
+      inside ifconfig eth0 10.0.0.2 netmask 255.255.255.0 up
+      inside ping -c 3 -W 5 10.0.0.1 | grep transmitted
+      dd if=/dev/urandom of=/tmp/data bs=1k count=2048 2>/dev/null
+      transfer() {
+        nc -l -p 5001 >/tmp/received & listener=$!
+        usleep 200000
+        inside nc -w 20 10.0.0.1 5001 </tmp/data
+        wait $listener
+        cmp /tmp/data /tmp/received && echo "$1: the same"
+      }
+      transfer first
+      for round in 1 2 3; do
+        # In the midst of frames of both directions.
+        inside ping -i 0.01 -c 2000 -q 10.0.0.1 >/dev/null & pinging=$!
+        usleep 300000
+        kill -KILL $pid; wait $pid || true
+        card
+        kill $pinging; wait $pinging || true
+        inside ping -c 3 -W 5 10.0.0.1 | grep transmitted
+        transfer "round $round"
+      done
+      end
+      inside sh -c "ls /sys/class/net 2>/dev/null | grep -c eth0" || true
+      echo "left: $(ls /dev/vduse)"
+      kill $inner
+    `);
+    const has = async (pattern: RegExp) => (await guest.waitFor(pattern))[0];
+    await has(/^52:54:00:12:34:56$/);
+    await has(/^3 packets transmitted, 3 packets received, 0% packet loss$/);
+    await has(/^first: the same$/);
+    for (const round of [1, 2, 3]) {
+      await has(/^3 packets transmitted, [123] packets received/);
+      await has(new RegExp(`^round ${round}: the same$`));
+    }
+    await has(/^left: control$/);
+    assert.equal(await guest.exited, 0);
+  },
+);

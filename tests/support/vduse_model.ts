@@ -6,7 +6,7 @@
  */
 
 import { core } from "../../ffi/core.ts";
-import { Vhost2Error } from "../../ffi/errors.ts";
+import { check, Vhost2Error } from "../../ffi/errors.ts";
 import {
   BrokenDevice,
   type VduseDescription,
@@ -204,10 +204,14 @@ export class ModelDevice {
           const { file, ...entry } = found;
           return { ...entry, fd: core.descriptorDuplicate(file) };
         }),
-      map: (fd, _offset, size) =>
+      map: (fd, offset, size) =>
         call(() => {
           const address = new BigUint64Array(1);
-          if (core.mapShared(fd, size, address) < 0) throw new Error("no map");
+          check(core.mapAnonymous(size, address), "Cannot map");
+          check(
+            core.mapOver(address[0], size, fd, Number(offset)),
+            "Cannot map",
+          );
           return address[0];
         }),
       close: () => {

@@ -314,6 +314,41 @@ for (const isPacked of [false, true]) {
   });
 }
 
+for (const memory of ["window", "files"] as const) {
+  test(`a device whose requests are not tracked goes on where its used ring in ${memory} is`, async () => {
+    const slow = slowDevice();
+    slow.release();
+    const kernel = new VduseModel();
+    await servingVduse({ kernel, stay: true }, slow.options, async (served) => {
+      const { device, target, options } = served;
+      const driver = await ModelDriver.probe(device, { memory });
+      assert.equal(device.driverFeatures & packed, 0n);
+      const echo = async (text: string) => {
+        const bytes = new TextEncoder().encode(text);
+        const request = driver.queues[0].submit({
+          readable: [bytes],
+          writable: [bytes.length],
+        });
+        const { data } = await within(request, text);
+        assert.deepEqual(data[0], bytes);
+      };
+      for (const text of ["one", "two", "three"]) await echo(text);
+      await target.unregister();
+      const waiting = echo("four");
+      const next = await registerTarget({
+        ...slow.options,
+        ...options,
+        stay: false,
+      });
+      await waiting;
+      await echo("five");
+      assert.equal(driver.queues[0].usedCount, 5);
+      await next.unregister();
+      driver.close();
+    });
+  });
+}
+
 test("the log is for this user alone, and goes with the device", () =>
   withDisk(async ({ options, target }) => {
     const folder = options.runtimeFolder!;

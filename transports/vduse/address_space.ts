@@ -15,8 +15,8 @@
  */
 
 import { constants } from "../../ffi/abi.gen.ts";
-import { core } from "../../ffi/core.ts";
-import { Vhost2Error } from "../../ffi/errors.ts";
+import { binding, core } from "../../ffi/core.ts";
+import { check, Vhost2Error } from "../../ffi/errors.ts";
 import { formatAddress, gpa, uva } from "../../protocol/address.ts";
 import { FrontendRequest } from "../../protocol/frontend_request.ts";
 import type { MemoryRegionDescription } from "../../protocol/memory_payloads.ts";
@@ -140,6 +140,42 @@ export class AddressSpace {
     await this.#connection.ask(FrontendRequest.ADD_MEM_REG, region, { fds });
     return region;
   }
+}
+
+/**
+ * The index of a split ring's used area at an IOVA: how far a device is that
+ * uses requests in their order and has none in flight.
+ */
+export function usedIndexAt(device: VduseDevice, used: bigint): number {
+  const entry = device.entry(used, used);
+  if (entry === null) {
+    throw new Vhost2Error(
+      "MEMORY",
+      `Cannot read the ring at ${formatAddress(used)}: it is not mapped`,
+    );
+  }
+  const { fd, isDomain } = entry;
+  try {
+    // idx: the second u16.
+    const at = entry.offset + (used - entry.start) + 2n;
+    const page = at & ~4095n;
+    const size = isDomain ? 4096 : Number(at + 2n);
+    const address = isDomain ? device.map(fd, page, size) : mapFile(fd, size);
+    try {
+      const offset = isDomain ? at - page : at;
+      return new DataView(binding.view(address + offset, 2)).getUint16(0, true);
+    } finally {
+      core.unmap(address, size);
+    }
+  } finally {
+    core.descriptorClose(fd);
+  }
+}
+
+function mapFile(fd: number, size: number): bigint {
+  const address = new BigUint64Array(1);
+  check(core.mapShared(fd, size, address), "Cannot map a ring");
+  return address[0];
 }
 
 function misfit({ start, last }: VduseEntry, reason: string): Vhost2Error {

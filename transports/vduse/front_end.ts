@@ -19,7 +19,7 @@ import {
   VirtioFeature,
 } from "../../protocol/features.ts";
 import { FrontendRequest } from "../../protocol/frontend_request.ts";
-import { AddressSpace } from "./address_space.ts";
+import { AddressSpace, usedIndexAt } from "./address_space.ts";
 import type { VduseConnection } from "./connection.ts";
 import { type DeviceType, offeredToDriver } from "./device_type.ts";
 import {
@@ -273,7 +273,7 @@ export class VduseFrontEnd {
   }
 
   /** Starts what is ready, and looks again later for what is not. */
-  async #startQueues(): Promise<void> {
+  async #startQueues(isResumed = false): Promise<void> {
     const { run } = this.#running!;
     for (const [index, state] of this.#queues.entries()) {
       if (state === "started") continue;
@@ -282,7 +282,12 @@ export class VduseFrontEnd {
       else if (state === "waiting") {
         // Also where it is refused: it is not tried again until a reset.
         this.#queues[index] = "started";
-        await this.#startQueue(index, info);
+        // The log knows better, where there is one (and split rings only where
+        // there is none): what the kernel says is where the driver began.
+        const base = isResumed && !this.#isTracked
+          ? usedIndexAt(this.#device!, info.device)
+          : info.base;
+        await this.#startQueue(index, { ...info, base });
       }
     }
     if (this.#queues.some((state) => state !== "started")) this.#lookLater();
@@ -376,7 +381,7 @@ export class VduseFrontEnd {
       );
     }
     await this.#start(features, run);
-    await this.#startQueues();
+    await this.#startQueues(true);
   }
 }
 
