@@ -35,7 +35,15 @@ test("--version is that of deno.json, --help names every option", async () => {
       ...["socket-path", "fd", "print-capabilities", "blk-file", "memory"],
       ...["null", "read-only", "num-queues", "serial", "logical-block-size"],
       ...["direct", "workers", "poll-us"],
-      ...["verbose", "help", "version", "connect", "vduse", "no-attach", "stay"],
+      ...[
+        "verbose",
+        "help",
+        "version",
+        "connect",
+        "vduse",
+        "no-attach",
+        "stay",
+      ],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
 });

@@ -141,6 +141,7 @@ test("IOTLB entries that do not fit are refused; the driver may begin anew", () 
 test("what the guest may not both read and write is left out", () =>
   withDisk(async ({ device }) => {
     const driver = await ModelDriver.probe(device, { memory: "files" });
+    await exercise(driver);
     const rom = new GuestRam([{ gpa: 1n << 40n, size: 4096 }]);
     const before = guestMappingCount();
     for (const access of [0, 1, 2, 255]) {

@@ -49,6 +49,16 @@ export class AddressSpace {
     this.#connection = connection;
   }
 
+  /** Throws for a kernel's IOTLB that `update` would refuse. */
+  check(device: VduseDevice): void {
+    const entries = this.#list(device);
+    try {
+      for (const entry of entries) this.#keyOf(entry);
+    } finally {
+      for (const { fd } of entries) core.descriptorClose(fd);
+    }
+  }
+
   /** Makes the session's memory what the kernel's IOTLB says now. */
   async update(device: VduseDevice): Promise<void> {
     const entries = this.#list(device);
@@ -90,7 +100,7 @@ export class AddressSpace {
         if (entry === null) break;
         entries.push(entry);
         const { start, last } = entry;
-        if (start > last || last < next) throw misfit(entry, "it is no range");
+        if (start > last || start < next) throw misfit(entry, "it is no range");
         if (entries.length > constants.maxRegions) {
           throw misfit(entry, `${constants.maxRegions} are taken at most`);
         }
@@ -113,6 +123,9 @@ export class AddressSpace {
       return "window";
     }
     if (access !== readWrite) return null;
+    if (offset + last - start >= BigInt(Math.max(core.fileSize(fd), 0))) {
+      throw misfit(entry, "its file is shorter");
+    }
     return `${start} ${last} ${offset} ${core.descriptorInode(fd)}`;
   }
 

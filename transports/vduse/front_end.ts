@@ -233,10 +233,23 @@ export class VduseFrontEnd {
     if (!isStart) return undefined;
     const features = this.#acceptedFeatures();
     const run = runOf(features);
+    this.#addresses.check(this.#device!);
     // Nothing can be in flight: the log of an earlier driver ends here.
     this.#log!.begin(this.#description!, run);
-    await this.#start(features, run);
-    return () => this.#startQueues();
+    this.#begin(features, run);
+    // Not before the kernel is answered: a driver may hold a lock while it
+    // waits (virtio_net the one of all network devices), and what the device
+    // does now may need that (a TAP interface does).
+    return async () => {
+      await this.#start();
+      await this.#startQueues();
+    };
+  }
+
+  #begin(features: bigint, run: Run): void {
+    this.#running = { features, run };
+    this.#queues = new Array(this.#description!.queueCount).fill("waiting");
+    this.#lookMs = minLookMs;
   }
 
   /** Throws for features that the driver may not use. */
@@ -253,8 +266,9 @@ export class VduseFrontEnd {
   }
 
   /** Everything but the queues: features, memory, what is in flight. */
-  async #start(features: bigint, run: Run): Promise<void> {
+  async #start(): Promise<void> {
     const connection = this.#connection;
+    const { features, run } = this.#running!;
     // The addresses are translated already: for the session they are plain.
     const plain = features & ~featureMask(VirtioFeature.ACCESS_PLATFORM);
     await connection.ask(
@@ -267,9 +281,6 @@ export class VduseFrontEnd {
       const fds = [fd];
       await connection.ask(FrontendRequest.SET_INFLIGHT_FD, region, { fds });
     }
-    this.#queues = new Array(this.#description!.queueCount).fill("waiting");
-    this.#running = { features, run };
-    this.#lookMs = minLookMs;
   }
 
   /** Starts what is ready, and looks again later for what is not. */
@@ -280,14 +291,19 @@ export class VduseFrontEnd {
       const info = this.#device!.queueInfo(index, run === "packed");
       if (info === null || !info.isReady) this.#queues[index] = "waiting";
       else if (state === "waiting") {
-        // Also where it is refused: it is not tried again until a reset.
         this.#queues[index] = "started";
-        // The log knows better, where there is one (and split rings only where
-        // there is none): what the kernel says is where the driver began.
-        const base = isResumed && !this.#isTracked
-          ? usedIndexAt(this.#device!, info.device)
-          : info.base;
-        await this.#startQueue(index, { ...info, base });
+        try {
+          // The log knows better, where there is one (and split rings only
+          // where there is none): the kernel says where the driver began.
+          const base = isResumed && !this.#isTracked
+            ? usedIndexAt(this.#device!, info.device)
+            : info.base;
+          await this.#startQueue(index, { ...info, base });
+        } catch (error) {
+          // It is not tried again until a reset; the others are no worse.
+          this.#fail(error as Error);
+          if (this.#hasEnded) return;
+        }
       }
     }
     if (this.#queues.some((state) => state !== "started")) this.#lookLater();
@@ -380,7 +396,8 @@ export class VduseFrontEnd {
         } does not say what was in flight; detach it and attach it again`,
       );
     }
-    await this.#start(features, run);
+    this.#begin(features, run);
+    await this.#start();
     await this.#startQueues(true);
   }
 }
