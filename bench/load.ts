@@ -58,7 +58,7 @@ export interface LoadOptions {
 
 /** VIRTIO_BLK_F_FLUSH. */
 const blkFlush = 9;
-const dataBytes = 32 << 20;
+export const dataBytes = 32 << 20;
 
 /** A connection to a vhost-user-blk back-end for running loads on. */
 export class LoadGenerator {
@@ -118,64 +118,93 @@ export class LoadGenerator {
 
   /** Blocks until the load is done. */
   run(load: Load): LoadFigures {
-    const field = layouts.LoadConfig;
-    const config = new DataView(new ArrayBuffer(field.byteSize));
-    const out = new BigUint64Array(layouts.LoadResult.byteSize / 8);
-    const [region] = this.#device.ram.regions;
     const [queue] = this.#device.queues;
-    const { addresses } = queue.ring;
-    const set64 = (offset: number, value: bigint | number) =>
-      config.setBigUint64(offset, BigInt(value), true);
-    const set32 = (offset: number, value: number) =>
-      config.setUint32(offset, value, true);
-    set64(field.memoryAddress, region.address);
-    set64(field.memorySize, region.size);
-    set64(field.memoryGpa, region.gpa);
-    set64(field.descriptorOffset, addresses.descriptor - region.gpa);
-    set64(field.availableOffset, addresses.available - region.gpa);
-    set64(field.usedOffset, addresses.used - region.gpa);
-    set64(field.dataOffset, this.#data - region.gpa);
-    set64(field.features, this.#device.features);
-    set64(field.diskSectors, this.#sectors);
-    set64(field.requestCount, load.requestCount ?? 0);
-    set64(field.seed, 42);
-    set32(field.queueSize, queue.queueSize);
-    set32(field.depth, load.depth);
-    set32(field.requestBytes, load.requestBytes);
-    set32(field.segmentCount, 1);
-    set32(field.durationMs, load.durationMs ?? 0);
-    set32(field.timeoutMs, 10_000);
-    set32(
-      field.operation,
-      load.operation === "write" ? constants.loadWrite : constants.loadRead,
-    );
-    set32(
-      field.flags,
-      (load.isRandom ? constants.flagLoadRandom : 0) |
-        (load.spins ? constants.flagLoadSpin : 0) |
-        (load.verifies ? constants.flagLoadVerify : 0),
-    );
-    config.setInt32(field.kickFd, queue.kickFd, true);
-    config.setInt32(field.callFd, queue.callFd, true);
-    set32(field.position, this.#position);
-    const result = layouts.LoadResult;
-    const value = (offset: number) => Number(out[offset / 8]);
+    const config = loadConfig(load, {
+      queue,
+      data: this.#data,
+      sectors: this.#sectors,
+      kickFd: queue.kickFd,
+      position: this.#position,
+    });
+    const out = new BigUint64Array(layouts.LoadResult.byteSize / 8);
     const code = core.loadRun(config, out);
-    this.#position = value(result.position);
+    this.#position = Number(out[layouts.LoadResult.position / 8]);
     check(code, `Cannot run a load of depth ${load.depth}`);
-    const requests = value(result.requests);
-    return {
-      requests,
-      errors: value(result.errors),
-      perSecond: requests / (value(result.elapsedNs) / 1e9),
-      kicks: value(result.kicks),
-      calls: value(result.calls),
-      p50: value(result.p50Ns),
-      p99: value(result.p99Ns),
-    };
+    return loadFigures(out);
   }
 
   close(): Promise<void> {
     return this.#device.close();
   }
+}
+
+/** What a load is run on. */
+export interface LoadPlace {
+  readonly queue: QueueDriver;
+  /** Guest address of the data, `dataBytes` of it. */
+  readonly data: bigint;
+  readonly sectors: bigint;
+  readonly kickFd: number;
+  /** Where a packed ring goes on; 0x8000 at first. */
+  readonly position: number;
+}
+
+/** The configuration of the core's load generator. */
+export function loadConfig(load: Load, place: LoadPlace): DataView {
+  const field = layouts.LoadConfig;
+  const config = new DataView(new ArrayBuffer(field.byteSize));
+  const { queue } = place;
+  const [region] = queue.ram.regions;
+  const { addresses } = queue.ring;
+  const set64 = (offset: number, value: bigint | number) =>
+    config.setBigUint64(offset, BigInt(value), true);
+  const set32 = (offset: number, value: number) =>
+    config.setUint32(offset, value, true);
+  set64(field.memoryAddress, region.address);
+  set64(field.memorySize, region.size);
+  set64(field.memoryGpa, region.gpa);
+  set64(field.descriptorOffset, addresses.descriptor - region.gpa);
+  set64(field.availableOffset, addresses.available - region.gpa);
+  set64(field.usedOffset, addresses.used - region.gpa);
+  set64(field.dataOffset, place.data - region.gpa);
+  set64(field.features, queue.features);
+  set64(field.diskSectors, place.sectors);
+  set64(field.requestCount, load.requestCount ?? 0);
+  set64(field.seed, 42);
+  set32(field.queueSize, queue.queueSize);
+  set32(field.depth, load.depth);
+  set32(field.requestBytes, load.requestBytes);
+  set32(field.segmentCount, 1);
+  set32(field.durationMs, load.durationMs ?? 0);
+  set32(field.timeoutMs, 10_000);
+  set32(
+    field.operation,
+    load.operation === "write" ? constants.loadWrite : constants.loadRead,
+  );
+  set32(
+    field.flags,
+    (load.isRandom ? constants.flagLoadRandom : 0) |
+      (load.spins ? constants.flagLoadSpin : 0) |
+      (load.verifies ? constants.flagLoadVerify : 0),
+  );
+  config.setInt32(field.kickFd, place.kickFd, true);
+  config.setInt32(field.callFd, queue.callFd, true);
+  set32(field.position, place.position);
+  return config;
+}
+
+/** What the load generator found. */
+export function loadFigures(out: BigUint64Array): LoadFigures {
+  const result = layouts.LoadResult;
+  const value = (offset: number) => Number(out[offset / 8]);
+  const requests = value(result.requests);
+  return {
+    requests,
+    errors: value(result.errors),
+    perSecond: requests / (value(result.elapsedNs) / 1e9),
+    kicks: value(result.kicks),
+    calls: value(result.calls),
+    p50: value(result.p50Ns),
+    p99: value(result.p99Ns),
+  };
 }
