@@ -198,6 +198,9 @@ vduseTest(
           --mac 52:54:00:12:34:56
         ifconfig tap0 10.0.0.1 netmask 255.255.255.0 up
       }
+      # The input of nc must not end before what it receives does.
+      mkfifo /tmp/quiet
+      exec 3<>/tmp/quiet
       card
       for n in $(seq 100); do [ -d /sys/class/net/eth0 ] && break; usleep 50000; done
       cat /sys/class/net/eth0/address
@@ -209,10 +212,11 @@ vduseTest(
       inside ping -c 3 -W 5 10.0.0.1 | grep transmitted
       dd if=/dev/urandom of=/tmp/data bs=1k count=2048 2>/dev/null
       transfer() {
-        nc -l -p 5001 >/tmp/received & listener=$!
-        usleep 200000
-        inside nc -w 20 10.0.0.1 5001 </tmp/data
-        wait $listener
+        nc -l -p 5001 <&3 >/tmp/received & taker=$!
+        while ! netstat -tln | grep -q :5001; do usleep 20000; done
+        inside nc 10.0.0.1 5001 </tmp/data & sender=$!
+        wait $taker
+        kill $sender 2>/dev/null || true
         cmp /tmp/data /tmp/received && echo "$1: the same"
       }
       transfer first

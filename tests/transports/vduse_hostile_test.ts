@@ -257,6 +257,30 @@ test("a broken device is detached, and a new one is there for the driver", async
   );
 });
 
+test("a device that broke while nobody served it is detached, and made anew", async () => {
+  const kernel = new VduseModel();
+  kernel.onDetach = () => Promise.resolve();
+  await withDisk(
+    async ({ device, target, options }) => {
+      const driver = await ModelDriver.probe(device);
+      await target.unregister();
+      device.break();
+      device.destroy();
+      driver.close();
+      await withDisk(
+        async (next) => {
+          assert.notEqual(next.device, device);
+          const driver = await ModelDriver.probe(next.device);
+          await exercise(driver);
+          driver.close();
+        },
+        { ...options, kernel, stay: false },
+      );
+    },
+    { kernel, stay: true },
+  );
+});
+
 test("a guest that takes its memory away costs itself its requests; the device is taken up again", () =>
   withDisk(
     async ({ device, errors, kernel }) => {

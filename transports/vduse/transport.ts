@@ -13,7 +13,12 @@ import type { Transport, TransportHost } from "../transport.ts";
 import { VduseConnection } from "./connection.ts";
 import { deviceTypeOf } from "./device_type.ts";
 import { VduseFrontEnd } from "./front_end.ts";
-import type { VduseDescription, VduseDevice, VduseKernel } from "./kernel.ts";
+import {
+  BrokenDevice,
+  type VduseDescription,
+  type VduseDevice,
+  type VduseKernel,
+} from "./kernel.ts";
 import { RecoveryLog, runtimeFolder } from "./recovery_log.ts";
 
 /** Before a device that failed is taken up again, doubling. */
@@ -45,12 +50,16 @@ export class VduseTransport implements Transport {
   #serving: Serving | undefined;
   #count = 0;
   #delayMs = minDelayMs;
+  /** When the session now began. */
+  #startedAt = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #isClosing = false;
   /** The kernel answers nothing more for the device as it is. */
   #isBroken = false;
   /** The device of that name is of this target: it may be destroyed. */
   #isOurs = false;
+  /** A driver that does not let go is asked once. */
+  #detaching: Promise<void> | undefined;
   #work: Promise<void> = Promise.resolve();
   readonly #ended: Promise<void>;
   #end: () => void = () => {};
@@ -87,10 +96,11 @@ export class VduseTransport implements Transport {
     });
     const serving: Serving = { connection, frontEnd, device: undefined };
     this.#serving = serving;
+    this.#startedAt = performance.now();
     this.#host.connected(connection).then(() => this.#sessionEnded(serving));
     try {
       const description = await frontEnd.introduce();
-      serving.device = this.#open(description);
+      serving.device = await this.#open(description);
       frontEnd.onBroken = (reason) => this.#broke(serving, reason);
       frontEnd.serve(serving.device, this.#log);
       if (!isAttached) return;
@@ -116,21 +126,15 @@ export class VduseTransport implements Transport {
   }
 
   /** The device of that name if it is the same; otherwise a new one. */
-  #open(description: VduseDescription): VduseDevice {
+  async #open(description: VduseDescription): Promise<VduseDevice> {
     const { name } = this.#options;
     const found = this.#kernel.open(name);
     if (found !== null) {
-      if (this.#log.read(description) !== null && !this.#isBroken) {
-        try {
-          found.setConfig(description.config);
-          this.#isOurs = true;
-          return found;
-        } catch (error) {
-          found.close();
-          throw error;
-        }
-      }
+      const isSame = this.#log.read(description) !== null && !this.#isBroken;
+      if (isSame && this.#takeUp(found, description)) return found;
       found.close();
+      // Only the driver's end ends a broken device.
+      if (this.#isBroken && this.#options.isAttached) await this.#detach();
       if (!this.#kernel.destroy(name)) {
         throw new Vhost2Error(
           "IN_USE",
@@ -163,6 +167,22 @@ export class VduseTransport implements Transport {
     }
   }
 
+  /** False for a device that has broken while nobody served it. */
+  #takeUp(found: VduseDevice, { config }: VduseDescription): boolean {
+    try {
+      found.setConfig(config);
+    } catch (error) {
+      if (error instanceof BrokenDevice) {
+        this.#isBroken = true;
+        return false;
+      }
+      found.close();
+      throw error;
+    }
+    this.#isOurs = true;
+    return true;
+  }
+
   #broke(serving: Serving, reason: string): void {
     this.#isBroken = true;
     this.#host.failed(
@@ -186,10 +206,10 @@ export class VduseTransport implements Transport {
   }
 
   /** Nobody serves the device: takes it up again, or ends. */
-  async #next(): Promise<void> {
+  #next(): void {
     if (this.#isClosing) return this.#release();
-    if (this.#isBroken && this.#options.isAttached) await this.#detach();
-    if (this.#isClosing) return this.#release();
+    const servedMs = performance.now() - this.#startedAt;
+    if (servedMs > maxDelayMs) this.#delayMs = minDelayMs;
     this.#timer = setTimeout(() => {
       this.#timer = undefined;
       this.#work = this.#work.then(() => this.#restart());
@@ -214,7 +234,9 @@ export class VduseTransport implements Transport {
   async dismiss(): Promise<void> {
     this.#isClosing = true;
     const { isAttached, stays } = this.#options;
-    if (isAttached && !stays) await this.#detach();
+    // Where nobody answers the driver cannot let go.
+    const isServed = this.#serving?.device !== undefined;
+    if (isAttached && !stays && isServed) await this.#detach();
   }
 
   async #detach(): Promise<void> {
@@ -234,7 +256,9 @@ export class VduseTransport implements Transport {
       );
     });
     try {
-      await Promise.race([this.#kernel.detach(name), limit]);
+      this.#detaching ??= this.#kernel.detach(name)
+        .finally(() => this.#detaching = undefined);
+      await Promise.race([this.#detaching, limit]);
     } catch (error) {
       this.#host.failed(error as Vhost2Error);
     } finally {
