@@ -78,5 +78,4 @@ pub fn map(file: i32, offset: f64, size: f64, address_out: *u64) callconv(.c) i3
 
 test {
     _ = @import("device_test.zig");
-
 }

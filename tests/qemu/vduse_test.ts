@@ -93,18 +93,18 @@ vduseTest(
       fi
       end
       wait_gone vda
-      echo "left: $(ls /dev/vduse) $(ls /run/vhost2)"
+      echo left: $(ls /dev/vduse) $(ls /run/vhost2)
       # One that stays is there for the next.
       blk --stay --num-queues 2
       wait_disk vda
       end
       [ -b /dev/vda ]
-      echo "left: $(ls /dev/vduse | tr '\\n' ' ') $(ls /run/vhost2)"
+      echo left: $(ls /dev/vduse) $(ls /run/vhost2)
       blk --num-queues 2
       verify mix /dev/vda --count=300 --size=${8 * MiB}
       end
       wait_gone vda
-      echo "left: $(ls /dev/vduse) $(ls /run/vhost2)"
+      echo left: $(ls /dev/vduse) $(ls /run/vhost2)
     `);
     const has = async (pattern: RegExp) => (await guest.waitFor(pattern))[0];
     await has(/^first$/);
@@ -113,10 +113,10 @@ vduseTest(
       await has(/^detached$/);
       await has(/^vda: 10 checksums OK$/);
     }
-    await has(/^left: control $/);
-    await has(/^left: control disk0  disk0\.vduse$/);
+    await has(/^left: control$/);
+    await has(/^left: control disk0 disk0\.vduse$/);
     await has(/^verify mix ok/);
-    await has(/^left: control $/);
+    await has(/^left: control$/);
     assert.equal(await guest.exited, 0);
     assert.doesNotMatch(guest.lines.join("\n"), /I\/O error|Cannot/);
   },
@@ -206,6 +206,8 @@ vduseTest(
       cat /sys/class/net/eth0/address
       # The card in a network of its own: both ends of the cable are here.
       unshare -n sleep 1000 & inner=$!
+      network() { readlink /proc/$1/ns/net; }
+      while [ "$(network $inner)" = "$(network $$)" ]; do usleep 20000; done
       inside() { nsenter -n -t $inner "$@"; }
       for n in $(seq 50); do ip link set eth0 netns $inner && break; usleep 50000; done
       inside ifconfig eth0 10.0.0.2 netmask 255.255.255.0 up
@@ -232,7 +234,7 @@ vduseTest(
       done
       end
       inside sh -c "ls /sys/class/net 2>/dev/null | grep -c eth0" || true
-      echo "left: $(ls /dev/vduse)"
+      echo left: $(ls /dev/vduse)
       kill $inner
     `);
     const has = async (pattern: RegExp) => (await guest.waitFor(pattern))[0];

@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { GuestRam } from "../../driver/guest_ram.ts";
 import { test } from "../harness.ts";
+import { isUnmapped } from "../hostile/accounting.ts";
 import { guestMappingCount } from "../support/descriptors.ts";
 import { type Asked, VduseModel } from "../support/vduse_model.ts";
 import { eventually, within } from "../support/wait.ts";
@@ -164,6 +165,10 @@ test("memory that comes and goes while queues run is followed", () =>
     const driver = await ModelDriver.probe(device, { memory: "files" });
     const [rings] = device.entries;
     const all = { start: 0n, last: (1n << 64n) - 1n };
+    await exercise(driver);
+    device.entries = [rings];
+    await device.ask({ kind: "updateIotlb", ...all });
+    const before = guestMappingCount();
     for (let round = 0; round < 5; round++) {
       const more = new GuestRam([{ gpa: 1n << 40n, size: 8192 }]);
       device.entries = [rings, entryOf(more, 0, false)];
@@ -174,6 +179,7 @@ test("memory that comes and goes while queues run is followed", () =>
       const removed = await device.ask({ kind: "updateIotlb", ...all });
       assert.ok(!removed.isFailed);
       more.close();
+      if (isUnmapped) assert.equal(guestMappingCount(), before);
       await exercise(driver);
     }
     driver.close();

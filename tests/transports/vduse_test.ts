@@ -114,8 +114,17 @@ test("interrupts that the kernel does not take yet are tried again", () =>
       })(),
       "the queues start",
     );
+    // Nobody has sent anything: the only interrupt is that of the start.
+    const queue = device.queues[0];
+    let calls = 0;
+    const { called } = queue;
+    queue.called = () => {
+      calls++;
+      called();
+    };
     answered.resolve();
     const driver = await within(probing, "DRIVER_OK");
+    await eventually(() => calls > 0, "the interrupt has come");
     await exercise(driver);
     driver.close();
   }));
