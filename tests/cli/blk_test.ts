@@ -305,3 +305,18 @@ test("a folder cannot be removed by a command that only listens there", async ()
   assert.match(stderr, /a file that is not a socket is there/);
   assert.ok(existsSync(path));
 });
+
+const noVduse = "blk --vduse says in one sentence what the kernel lacks";
+if (existsSync("/dev/vduse/control")) {
+  test.skip(noVduse, "this kernel has VDUSE; one without it would run it");
+} else {
+  test(noVduse, async () => {
+    const words = ["blk", "--memory", "1M", "--vduse", "vhost2-test"];
+    const { code, stdout, stderr } = await run(...words);
+    assert.deepEqual([code, stdout], [1, ""]);
+    assert.match(
+      stderr,
+      /^vhost2: Cannot create VDUSE device vhost2-test: .*run "modprobe vduse" .*\n$/,
+    );
+  });
+}

@@ -18,6 +18,7 @@ import { header, Type } from "../devices/disk_guest.ts";
 import { test } from "../harness.ts";
 import { isUnmapped } from "../hostile/accounting.ts";
 import { guestMappingCount } from "../support/descriptors.ts";
+import { TemporaryFolder } from "../support/temporary.ts";
 import { VduseModel } from "../support/vduse_model.ts";
 import { deferred } from "../session/deferred.ts";
 import { eventually, Signal, within } from "../support/wait.ts";
@@ -391,6 +392,19 @@ test("a device of that name that is another one is replaced, or left where it is
       assert.ok(kernel.devices.has("taken"), "it is not ours to destroy");
     } else await serving;
   }
+});
+
+test("a kernel that creates no device leaves no log", async () => {
+  using folder = new TemporaryFolder();
+  const kernel = new VduseModel();
+  kernel.create = () => {
+    throw new Error("no more");
+  };
+  await assert.rejects(
+    withDisk(() => Promise.resolve(), { kernel, runtimeFolder: folder.path }),
+    /no more/,
+  );
+  assert.deepEqual(readdirSync(folder.path), []);
 });
 
 test("a driver that is missing is told of", async () => {

@@ -147,7 +147,12 @@ export class VduseTransport implements Transport {
     this.#isBroken = false;
     // Before the device: one without a log is another's.
     this.#log.begin(description, "none");
-    this.#kernel.create(name, description);
+    try {
+      this.#kernel.create(name, description);
+    } catch (error) {
+      this.#log.remove();
+      throw error;
+    }
     this.#isOurs = true;
     const device = this.#kernel.open(name);
     if (device === null) {
