@@ -66,6 +66,14 @@ export type {
   ReconnectDelays,
   TransportName,
   TransportOptions,
+  VduseDescription,
+  VduseDevice,
+  VduseEntry,
+  VduseKernel,
+  VduseOptions,
+  VduseQueueInfo,
+  VduseRequest,
+  VduseResponse,
   VhostUserOptions,
 } from "./transports/mod.ts";
 

@@ -69,8 +69,7 @@ export class LoadGenerator {
     this.#device = device;
     const [region] = device.ram.regions;
     const queues = device.queues.slice(0, driven);
-    const { features } = device;
-    this.#loads = new Loads({ region, queues, features, sectors });
+    this.#loads = new Loads({ region, queues, sectors });
   }
 
   /** Connects; the rings are split, indirect and of 256 unless told. */

@@ -44,8 +44,6 @@ export interface LoadFigures {
 export interface LoadTarget {
   readonly region: RamRegion;
   readonly queues: readonly QueueDriver[];
-  /** Negotiated features. */
-  readonly features: bigint;
   /** Of 512 bytes. */
   readonly sectors: bigint;
 }
@@ -82,72 +80,105 @@ export class Loads {
     const size = layouts.LoadConfig.byteSize;
     const count = this.#queues.length;
     const configs = new Uint8Array(size * count);
-    this.#queues.forEach((queue, i) => {
-      this.#encode(new DataView(configs.buffer, i * size, size), load, queue);
+    this.#queues.forEach(({ driver, data, position }, i) => {
+      const { sectors } = this.#target;
+      const { kickFd } = driver;
+      const place = { queue: driver, data, sectors, kickFd, position };
+      configs.set(new Uint8Array(loadConfig(load, place).buffer), i * size);
     });
     const stride = layouts.LoadResult.byteSize / 8;
     const out = new BigUint64Array(stride * count);
     const code = count === 1
       ? core.loadRun(configs, out)
       : core.loadRunQueues(configs, count, out);
-    const value = (offset: number, i: number) =>
-      Number(out[i * stride + offset / 8]);
-    const field = layouts.LoadResult;
+    const results = this.#queues.map((_, i) =>
+      out.subarray(i * stride, (i + 1) * stride)
+    );
     this.#queues.forEach((queue, i) => {
-      queue.position = value(field.position, i);
+      queue.position = Number(results[i][layouts.LoadResult.position / 8]);
     });
     check(code, `Cannot run a load of depth ${load.depth}`);
-    const sum = (offset: number) =>
-      this.#queues.reduce((total, _, i) => total + value(offset, i), 0);
-    const requests = sum(field.requests);
+    const all = results.map(loadFigures);
+    const sum = (pick: (figures: LoadFigures) => number) =>
+      all.reduce((total, figures) => total + pick(figures), 0);
     return {
-      requests,
-      errors: sum(field.errors),
-      perSecond: requests / (value(field.elapsedNs, 0) / 1e9),
-      kicks: sum(field.kicks),
-      calls: sum(field.calls),
-      p50: value(field.p50Ns, 0),
-      p99: value(field.p99Ns, 0),
+      ...all[0],
+      requests: sum(({ requests }) => requests),
+      errors: sum(({ errors }) => errors),
+      perSecond: sum(({ perSecond }) => perSecond),
+      kicks: sum(({ kicks }) => kicks),
+      calls: sum(({ calls }) => calls),
     };
   }
+}
 
-  #encode(config: DataView, load: Load, { driver, data, position }: LoadQueue) {
-    const field = layouts.LoadConfig;
-    const { region, features, sectors } = this.#target;
-    const { addresses } = driver.ring;
-    const set64 = (offset: number, value: bigint | number) =>
-      config.setBigUint64(offset, BigInt(value), true);
-    const set32 = (offset: number, value: number) =>
-      config.setUint32(offset, value, true);
-    set64(field.memoryAddress, region.address);
-    set64(field.memorySize, region.size);
-    set64(field.memoryGpa, region.gpa);
-    set64(field.descriptorOffset, addresses.descriptor - region.gpa);
-    set64(field.availableOffset, addresses.available - region.gpa);
-    set64(field.usedOffset, addresses.used - region.gpa);
-    set64(field.dataOffset, data - region.gpa);
-    set64(field.features, features);
-    set64(field.diskSectors, sectors);
-    set64(field.requestCount, load.requestCount ?? 0);
-    set64(field.seed, 42);
-    set32(field.queueSize, driver.queueSize);
-    set32(field.depth, load.depth);
-    set32(field.requestBytes, load.requestBytes);
-    set32(field.segmentCount, load.segments ?? 1);
-    set32(field.durationMs, load.durationMs ?? 0);
-    set32(field.timeoutMs, 10_000);
-    set32(
-      field.operation,
-      load.operation === "write" ? constants.loadWrite : constants.loadRead,
-    );
-    set32(
-      field.flags,
-      (load.isRandom ? constants.flagLoadRandom : 0) |
-        (load.spins ? constants.flagLoadSpin : 0) |
-        (load.verifies ? constants.flagLoadVerify : 0),
-    );
-    config.setInt32(field.kickFd, driver.kickFd, true);
-    config.setInt32(field.callFd, driver.callFd, true);
-    set32(field.position, position);
-  }
+/** What a load is run on. */
+export interface LoadPlace {
+  readonly queue: QueueDriver;
+  /** Guest address of the data, `dataBytes` of it. */
+  readonly data: bigint;
+  readonly sectors: bigint;
+  readonly kickFd: number;
+  /** Where a packed ring goes on; 0x8000 at first. */
+  readonly position: number;
+}
+
+/** The configuration of the core's load generator. */
+export function loadConfig(load: Load, place: LoadPlace): DataView {
+  const field = layouts.LoadConfig;
+  const config = new DataView(new ArrayBuffer(field.byteSize));
+  const { queue } = place;
+  const [region] = queue.ram.regions;
+  const { addresses } = queue.ring;
+  const set64 = (offset: number, value: bigint | number) =>
+    config.setBigUint64(offset, BigInt(value), true);
+  const set32 = (offset: number, value: number) =>
+    config.setUint32(offset, value, true);
+  set64(field.memoryAddress, region.address);
+  set64(field.memorySize, region.size);
+  set64(field.memoryGpa, region.gpa);
+  set64(field.descriptorOffset, addresses.descriptor - region.gpa);
+  set64(field.availableOffset, addresses.available - region.gpa);
+  set64(field.usedOffset, addresses.used - region.gpa);
+  set64(field.dataOffset, place.data - region.gpa);
+  set64(field.features, queue.features);
+  set64(field.diskSectors, place.sectors);
+  set64(field.requestCount, load.requestCount ?? 0);
+  set64(field.seed, 42);
+  set32(field.queueSize, queue.queueSize);
+  set32(field.depth, load.depth);
+  set32(field.requestBytes, load.requestBytes);
+  set32(field.segmentCount, load.segments ?? 1);
+  set32(field.durationMs, load.durationMs ?? 0);
+  set32(field.timeoutMs, 10_000);
+  set32(
+    field.operation,
+    load.operation === "write" ? constants.loadWrite : constants.loadRead,
+  );
+  set32(
+    field.flags,
+    (load.isRandom ? constants.flagLoadRandom : 0) |
+      (load.spins ? constants.flagLoadSpin : 0) |
+      (load.verifies ? constants.flagLoadVerify : 0),
+  );
+  config.setInt32(field.kickFd, place.kickFd, true);
+  config.setInt32(field.callFd, queue.callFd, true);
+  set32(field.position, place.position);
+  return config;
+}
+
+/** What the load generator found. */
+export function loadFigures(out: BigUint64Array): LoadFigures {
+  const result = layouts.LoadResult;
+  const value = (offset: number) => Number(out[offset / 8]);
+  const requests = value(result.requests);
+  return {
+    requests,
+    errors: value(result.errors),
+    perSecond: requests / (value(result.elapsedNs) / 1e9),
+    kicks: value(result.kicks),
+    calls: value(result.calls),
+    p50: value(result.p50Ns),
+    p99: value(result.p99Ns),
+  };
 }

@@ -67,7 +67,6 @@ export class NativeDisk {
       new Loads({
         region,
         queues: [driver],
-        features,
         sectors: BigInt(disk.size / 512),
       }),
     );

@@ -8,10 +8,11 @@ import { type NetArguments, parseNet } from "./net_arguments.ts";
 import {
   general,
   parse,
-  parseAddress,
   parseCount,
+  parsePlace,
   parseSize,
-  type SocketAddress,
+  type Place,
+  placeOptions,
   UsageError,
 } from "./parsing.ts";
 
@@ -24,8 +25,7 @@ export type DiskSource =
 /** `vhost2 blk`, understood. */
 export interface BlkArguments {
   readonly source: DiskSource;
-  readonly address: SocketAddress;
-  readonly isConnecting: boolean;
+  readonly place: Place;
   readonly isReadOnly: boolean;
   readonly isDirect: boolean;
   /** Guests may be migrated here by postcopy. */
@@ -56,9 +56,8 @@ export type Command =
 
 const blkOptions = {
   ...general,
+  ...placeOptions,
   "socket-path": { type: "string" },
-  fd: { type: "string" },
-  connect: { type: "boolean" },
   "print-capabilities": { type: "boolean" },
   "blk-file": { type: "string" },
   memory: { type: "string" },
@@ -131,8 +130,7 @@ function parseBlk(words: string[]): Command {
     name: "blk",
     arguments: {
       source,
-      address: parseAddress(values),
-      isConnecting: values.connect ?? false,
+      place: parsePlace(values),
       isReadOnly: values["read-only"] ?? false,
       isDirect: values.direct ?? false,
       hasPostcopy: values.postcopy ?? false,

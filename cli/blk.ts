@@ -16,7 +16,7 @@ import {
 import type { Vhost2Error } from "../ffi/errors.ts";
 import { registerTarget, type Target } from "../mod.ts";
 import type { BlkArguments } from "./arguments.ts";
-import { describeSocket, stopSignal } from "./serving.ts";
+import { describePlace, stopSignal, transportOf } from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
 export const capabilities = {
@@ -48,11 +48,11 @@ export function formatSize(size: number): string {
   return `${size} bytes`;
 }
 
-function readyLine(socket: string, options: BlkArguments, disk: Blk): string {
+function readyLine(place: string, options: BlkArguments, disk: Blk): string {
   const { source, numQueues } = options;
   const what = source.kind === "file" ? source.path : source.kind;
   const queues = numQueues === 1 ? "1 queue" : `${numQueues} queues`;
-  return `vhost2: ${socket} (${formatSize(disk.size)}, ${what}, ${queues})`;
+  return `vhost2: ${place} (${formatSize(disk.size)}, ${what}, ${queues})`;
 }
 
 /**
@@ -62,7 +62,7 @@ function readyLine(socket: string, options: BlkArguments, disk: Blk): string {
  * @throws Vhost2Error when it cannot be served
  */
 export async function serveBlk(options: BlkArguments): Promise<void> {
-  const socket = describeSocket(options.address, options.isConnecting);
+  const place = describePlace(options.place);
   const backing = openBacking(options);
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
@@ -77,14 +77,13 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
       numQueues: options.numQueues,
       onError: report,
     });
-    const { device, features, protocolFeatures, queueCount } = disk;
+    const { device, features, protocolFeatures, queueCount, deviceType } = disk;
     target = await registerTarget({
-      transport: "vhost-user",
-      address: options.address,
-      connect: options.isConnecting,
+      ...transportOf(options.place),
       features,
       protocolFeatures,
       queueCount,
+      deviceType,
       postcopy: options.hasPostcopy,
       workers: options.workers,
       pollMicroseconds: options.pollMicroseconds,
@@ -95,7 +94,7 @@ export async function serveBlk(options: BlkArguments): Promise<void> {
         : undefined,
     });
     const stopped = stopSignal();
-    console.log(readyLine(socket, options, disk));
+    console.log(readyLine(place, options, disk));
     await Promise.race([stopped, target.closed]);
   } finally {
     await target?.unregister();

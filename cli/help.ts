@@ -29,10 +29,13 @@ vfio-pci"), and an IOMMU that is on. Only root may.
 
 Usage: vhost2 blk --socket-path PATH --blk-file FILE [OPTIONS]
 
-The socket, one of:
+The front-end, one of:
   --socket-path PATH  listen on a Unix socket at PATH
   --fd N              an inherited socket, listening or connected
+  --vduse NAME        this machine's kernel: a disk of its own, such as /dev/vda
   --connect           with --socket-path: connect to it instead
+  --no-attach         with --vduse: leave "vdpa dev add" to somebody else
+  --stay              with --vduse: when it stops, leave the device for the next
 
 The disk, one of (SIZE in bytes, or with K, M, G or T):
   --blk-file FILE     a file or a block device
@@ -53,17 +56,21 @@ Options:
   -h, --help                this text
   -V, --version             the version
 
-SIGINT and SIGTERM stop it: requests in flight are finished first.
+SIGINT and SIGTERM stop it: requests in flight are finished first. A disk of
+this machine's kernel is detached then, mounted or not.
 `,
   net: `vhost2 net: a network card for QEMU and other virtual machine monitors
 
 Usage: vhost2 net --socket-path PATH --tap NAME [OPTIONS]
 
-The socket, one of:
+The front-end, one of:
   --socket-path PATH  listen on a Unix socket at PATH; with --switch any number
                       of them, and any number of guests on each
   --fd N              an inherited socket, listening or connected
+  --vduse NAME        this machine's kernel: a card of its own, such as eth0
   --connect           with --socket-path: connect to it instead
+  --no-attach         with --vduse: leave "vdpa dev add" to somebody else
+  --stay              with --vduse: when it stops, leave the device for the next
 
 The other end of the cable, one of:
   --tap NAME          a TAP interface of this host, made if it is not there

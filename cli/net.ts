@@ -20,9 +20,10 @@ import { type Device, registerTarget, type Target } from "../mod.ts";
 import type { NetArguments } from "./net_arguments.ts";
 import {
   deferred,
-  describeSocket,
+  describePlace,
   isConnected,
   stopSignal,
+  transportOf,
 } from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
@@ -42,10 +43,8 @@ function openEnd({ end, numQueues }: NetArguments): NetEnd {
 }
 
 function readyLine(options: NetArguments, end: NetEnd): string {
-  const { addresses, numQueues } = options;
-  const where = addresses.map((address) =>
-    describeSocket(address, options.isConnecting)
-  ).join(", ");
+  const { places, numQueues } = options;
+  const where = places.map(describePlace).join(", ");
   const { kind } = options.end;
   const what = kind === end.name ? kind : `${kind} ${end.name}`;
   const pairs = numQueues === 1 ? "1 queue pair" : `${numQueues} queue pairs`;
@@ -61,15 +60,15 @@ function readyLine(options: NetArguments, end: NetEnd): string {
 export async function serveNet(options: NetArguments): Promise<void> {
   const report = (error: Vhost2Error) =>
     process.stderr.write(`vhost2: ${error.message}\n`);
-  const { addresses, pcap, numQueues, mac, mtu } = options;
+  const { places, pcap, numQueues, mac, mtu } = options;
   const { workers, pollMicroseconds } = options;
-  const endsWithConnection = addresses.some(isConnected);
+  const endsWithConnection = places.some(isConnected);
   const { promise: ended, resolve: end } = deferred();
   const targets: Target[] = [];
   let cable: NetEnd = openEnd(options);
   try {
     if (pcap !== undefined) cable = pcapTap(cable, { path: pcap });
-    for (const address of addresses) {
+    for (const place of places) {
       const nic: Net = netDevice({
         end: cable,
         mac,
@@ -86,9 +85,7 @@ export async function serveNet(options: NetArguments): Promise<void> {
       };
       targets.push(
         await registerTarget({
-          transport: "vhost-user",
-          address,
-          connect: options.isConnecting,
+          ...transportOf(place),
           ...offered,
           workers,
           pollMicroseconds,

@@ -8,9 +8,10 @@ import type { Command } from "./arguments.ts";
 import {
   general,
   parse,
-  parseAddress,
   parseCount,
-  type SocketAddress,
+  parsePlace,
+  type Place,
+  placeOptions,
   UsageError,
 } from "./parsing.ts";
 
@@ -23,8 +24,7 @@ export type CableEnd =
 export interface NetArguments {
   readonly end: CableEnd;
   /** More than one for a switch only. */
-  readonly addresses: readonly SocketAddress[];
-  readonly isConnecting: boolean;
+  readonly places: readonly Place[];
   readonly pcap: string | undefined;
   /** Queue pairs. */
   readonly numQueues: number;
@@ -37,9 +37,8 @@ export interface NetArguments {
 
 const netOptions = {
   ...general,
+  ...placeOptions,
   "socket-path": { type: "string", multiple: true },
-  fd: { type: "string" },
-  connect: { type: "boolean" },
   "print-capabilities": { type: "boolean" },
   tap: { type: "string" },
   switch: { type: "string" },
@@ -65,7 +64,7 @@ export function parseNet(words: string[]): Command {
   if (paths.length > 1 && end.kind !== "switch") {
     throw new UsageError("only a --switch takes more than one --socket-path");
   }
-  const { fd, connect, mac, mtu } = values;
+  const { mac, mtu } = values;
   if (paths.length > 1 && mac !== undefined) {
     throw new UsageError("--mac needs a single --socket-path");
   }
@@ -80,10 +79,9 @@ export function parseNet(words: string[]): Command {
     name: "net",
     arguments: {
       end,
-      addresses: paths.length > 1
-        ? paths
-        : [parseAddress({ "socket-path": paths[0], fd, connect })],
-      isConnecting: connect ?? false,
+      places: (paths.length > 1 ? paths : [paths[0]]).map((path) =>
+        parsePlace({ ...values, "socket-path": path })
+      ),
       pcap: values.pcap,
       numQueues: parseCount("num-queues", values["num-queues"] ?? "1", 1, 127),
       mac,

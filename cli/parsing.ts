@@ -14,6 +14,20 @@ export class UsageError extends Error {
 /** The socket: its path, or inherited. */
 export type SocketAddress = string | { readonly fd: number };
 
+/** How the front-end comes: over a socket, or it is this machine's kernel. */
+export type Place =
+  | {
+    readonly kind: "socket";
+    readonly address: SocketAddress;
+    readonly isConnecting: boolean;
+  }
+  | {
+    readonly kind: "vduse";
+    readonly name: string;
+    readonly isAttached: boolean;
+    readonly stays: boolean;
+  };
+
 /** Options of every command. */
 export const general = {
   help: { type: "boolean", short: "h" },
@@ -67,8 +81,49 @@ export function parse<T extends NonNullable<Parameters<typeof parseArgs>[0]>>(
   }
 }
 
+/** Of `parsePlace`; some commands take more than one socket. */
+export const placeOptions = {
+  fd: { type: "string" },
+  connect: { type: "boolean" },
+  vduse: { type: "string" },
+  "no-attach": { type: "boolean" },
+  stay: { type: "boolean" },
+} as const;
+
+interface PlaceValues {
+  "socket-path"?: string;
+  fd?: string;
+  connect?: boolean;
+  vduse?: string;
+  "no-attach"?: boolean;
+  stay?: boolean;
+}
+
+/** Where the front-end is. */
+export function parsePlace(values: PlaceValues): Place {
+  const { vduse: name, "no-attach": isLeftOut = false, stay = false } = values;
+  if (name === undefined) {
+    if (isLeftOut || stay) {
+      throw new UsageError("--no-attach and --stay need --vduse");
+    }
+    const address = parseAddress(values);
+    return {
+      kind: "socket",
+      address,
+      isConnecting: values.connect ?? false,
+    };
+  }
+  const { "socket-path": path, fd, connect } = values;
+  if (path !== undefined || fd !== undefined || connect) {
+    throw new UsageError(
+      "--vduse excludes --socket-path, --fd and --connect: there is no socket",
+    );
+  }
+  return { kind: "vduse", name, isAttached: !isLeftOut, stays: stay };
+}
+
 /** Which socket. */
-export function parseAddress(
+function parseAddress(
   values: { "socket-path"?: string; fd?: string; connect?: boolean },
 ): SocketAddress {
   const { "socket-path": path, fd, connect } = values;
@@ -77,7 +132,9 @@ export function parseAddress(
   }
   if (path !== undefined) return path;
   if (fd === undefined) {
-    throw new UsageError("a socket is needed: --socket-path PATH or --fd N");
+    throw new UsageError(
+      "a socket is needed: --socket-path PATH or --fd N; or --vduse NAME",
+    );
   }
   if (connect) throw new UsageError("--connect needs --socket-path");
   return { fd: parseCount("fd", fd, 0, 2 ** 31 - 1) };

@@ -8,11 +8,29 @@ import process from "node:process";
 import { constants } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { Vhost2Error } from "../ffi/errors.ts";
-import type { SocketAddress } from "./parsing.ts";
+import type { TransportOptions } from "../mod.ts";
+import type { Place } from "./parsing.ts";
+
+/** The transport for `registerTarget`. */
+export function transportOf(place: Place): TransportOptions {
+  if (place.kind === "socket") {
+    const { address, isConnecting } = place;
+    return { transport: "vhost-user", address, connect: isConnecting };
+  }
+  return {
+    transport: "VDUSE",
+    address: place.name,
+    attach: place.isAttached,
+    stay: place.stays,
+  };
+}
 
 /** Whether an inherited socket is one connection, not a listener. */
-export function isConnected(address: SocketAddress): boolean {
-  if (typeof address === "string") return false;
+export function isConnected(place: Place): boolean {
+  if (place.kind !== "socket" || typeof place.address === "string") {
+    return false;
+  }
+  const { address } = place;
   const kind = core.descriptorKind(address.fd);
   if (kind === constants.kindListener) return false;
   if (kind === constants.kindSocket) return true;
@@ -23,13 +41,12 @@ export function isConnected(address: SocketAddress): boolean {
 }
 
 /** `listening on /tmp/a.sock`, for the line that says so. */
-export function describeSocket(
-  address: SocketAddress,
-  isConnecting: boolean,
-): string {
+export function describePlace(place: Place): string {
+  if (place.kind === "vduse") return `serving VDUSE device ${place.name}`;
+  const { address, isConnecting } = place;
   const how = isConnecting
     ? "connecting to"
-    : isConnected(address)
+    : isConnected(place)
     ? "serving"
     : "listening on";
   const where = typeof address === "string" ? address : `fd ${address.fd}`;

@@ -28,6 +28,8 @@ const net = @import("net/burst.zig");
 const ahead = @import("net/ahead.zig");
 const tap = @import("net/tap.zig");
 const vfio = @import("vfio/vfio.zig");
+const vduse = @import("vduse/vduse.zig");
+const attachment = @import("vduse/attachment.zig");
 
 pub const panic = process.panic;
 
@@ -164,6 +166,25 @@ pub const manifest = .{
     .{ "vfio_reset", vfio.reset, "device" },
     .{ "vfio_device_close", vfio.deviceClose, "device" },
 
+    // Devices of the kernel's own drivers, by VDUSE
+    .{ "vduse_open", vduse.open, "name name_length" },
+    .{ "vduse_create", vduse.create, "name name_length what config config_size" },
+    .{ "vduse_destroy", vduse.destroy, "name name_length" },
+    .{ "vduse_queue_set_up", vduse.queueSetUp, "fd index size" },
+    .{ "vduse_queue_info", vduse.queueInfo, "fd index is_packed info_out" },
+    .{ "vduse_queue_kick", vduse.queueKick, "fd index event" },
+    .{ "vduse_queue_inject", vduse.queueInject, "fd index" },
+    .{ "vduse_config_inject", vduse.configInject, "fd" },
+    .{ "vduse_config_set", vduse.configSet, "fd config config_size" },
+    .{ "vduse_features", vduse.features, "fd features_out" },
+    .{ "vduse_receive", vduse.receive, "fd request_out" },
+    .{ "vduse_respond", vduse.respond, "fd response" },
+    .{ "vduse_entry", vduse.entry, "fd start last entry_out" },
+    .{ "vduse_map", vduse.map, "file offset size address_out" },
+    .{ "vduse_attachment_start", attachment.start, "name name_length is_attached" },
+    .{ "vduse_attachment_event", attachment.event, "attachment" },
+    .{ "vduse_attachment_result", attachment.result, "attachment result_out" },
+
     // The other side of the ring, for load generation (frontend/)
     .{ "load_run", driver.run, "config result_out" },
     .{ "load_run_queues", queues_driver.run, "configs count results_out" },
@@ -199,4 +220,6 @@ test {
     _ = ahead;
     _ = tap;
     _ = vfio;
+    _ = vduse;
+    _ = attachment;
 }

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 572493456;
+export const abiHash = 1175622442;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -624,6 +624,108 @@ export const functions = {
     names: "device",
     result: "i32",
   },
+  vduseOpen: {
+    symbol: "vhost2_vduse_open",
+    parameters: ["buffer", "u32"],
+    names: "name, nameLength",
+    result: "i32",
+  },
+  vduseCreate: {
+    symbol: "vhost2_vduse_create",
+    parameters: ["buffer", "u32", "buffer", "buffer", "u32"],
+    names: "name, nameLength, what, config, configSize",
+    result: "i32",
+  },
+  vduseDestroy: {
+    symbol: "vhost2_vduse_destroy",
+    parameters: ["buffer", "u32"],
+    names: "name, nameLength",
+    result: "i32",
+  },
+  vduseQueueSetUp: {
+    symbol: "vhost2_vduse_queue_set_up",
+    parameters: ["i32", "u32", "u32"],
+    names: "fd, index, size",
+    result: "i32",
+  },
+  vduseQueueInfo: {
+    symbol: "vhost2_vduse_queue_info",
+    parameters: ["i32", "u32", "u32", "buffer"],
+    names: "fd, index, isPacked, infoOut",
+    result: "i32",
+  },
+  vduseQueueKick: {
+    symbol: "vhost2_vduse_queue_kick",
+    parameters: ["i32", "u32", "i32"],
+    names: "fd, index, event",
+    result: "i32",
+  },
+  vduseQueueInject: {
+    symbol: "vhost2_vduse_queue_inject",
+    parameters: ["i32", "u32"],
+    names: "fd, index",
+    result: "i32",
+  },
+  vduseConfigInject: {
+    symbol: "vhost2_vduse_config_inject",
+    parameters: ["i32"],
+    names: "fd",
+    result: "i32",
+  },
+  vduseConfigSet: {
+    symbol: "vhost2_vduse_config_set",
+    parameters: ["i32", "buffer", "u32"],
+    names: "fd, config, configSize",
+    result: "i32",
+  },
+  vduseFeatures: {
+    symbol: "vhost2_vduse_features",
+    parameters: ["i32", "buffer"],
+    names: "fd, featuresOut",
+    result: "i32",
+  },
+  vduseReceive: {
+    symbol: "vhost2_vduse_receive",
+    parameters: ["i32", "buffer"],
+    names: "fd, requestOut",
+    result: "i32",
+  },
+  vduseRespond: {
+    symbol: "vhost2_vduse_respond",
+    parameters: ["i32", "buffer"],
+    names: "fd, response",
+    result: "i32",
+  },
+  vduseEntry: {
+    symbol: "vhost2_vduse_entry",
+    parameters: ["i32", "u64", "u64", "buffer"],
+    names: "fd, start, last, entryOut",
+    result: "i32",
+  },
+  vduseMap: {
+    symbol: "vhost2_vduse_map",
+    parameters: ["i32", "f64", "f64", "buffer"],
+    names: "file, offset, size, addressOut",
+    result: "i32",
+  },
+  vduseAttachmentStart: {
+    symbol: "vhost2_vduse_attachment_start",
+    parameters: ["buffer", "u32", "u32"],
+    names: "name, nameLength, isAttached",
+    result: "i32",
+  },
+  vduseAttachmentEvent: {
+    symbol: "vhost2_vduse_attachment_event",
+    parameters: ["u32"],
+    names: "attachment",
+    result: "i32",
+  },
+  vduseAttachmentResult: {
+    symbol: "vhost2_vduse_attachment_result",
+    parameters: ["u32", "buffer"],
+    names: "attachment, resultOut",
+    result: "i32",
+  },
   loadRun: {
     symbol: "vhost2_load_run",
     parameters: ["buffer", "buffer"],
@@ -878,6 +980,55 @@ export const layouts = {
     barSize4: 48,
     barSize5: 56,
   },
+  VduseConfig: {
+    byteSize: 24,
+    features: 0,
+    deviceId: 8,
+    queueCount: 12,
+    alignment: 16,
+    reserved: 20,
+  },
+  VduseQueueInfo: {
+    byteSize: 40,
+    descriptor: 0,
+    driver: 8,
+    device: 16,
+    size: 24,
+    base: 28,
+    isReady: 32,
+    reserved: 36,
+  },
+  VduseRequest: {
+    byteSize: 32,
+    kind: 0,
+    id: 4,
+    queue: 8,
+    status: 12,
+    start: 16,
+    last: 24,
+  },
+  VduseResponse: {
+    byteSize: 24,
+    id: 0,
+    isFailed: 4,
+    hasState: 8,
+    queue: 12,
+    base: 16,
+    isPacked: 20,
+  },
+  VduseEntry: {
+    byteSize: 32,
+    start: 0,
+    last: 8,
+    offset: 16,
+    access: 24,
+    isDomain: 28,
+  },
+  VduseAttachment: {
+    byteSize: 8,
+    step: 0,
+    errno: 4,
+  },
 } as const;
 
 export const constants = {
@@ -997,4 +1148,11 @@ export const constants = {
   interruptMsix: 2,
   interruptRequest: 4,
   vfioConfigRegion: 7,
+  vduseGetQueueState: 0,
+  vduseSetStatus: 1,
+  vduseUpdateIotlb: 2,
+  attachmentSocket: 1,
+  attachmentFamily: 2,
+  attachmentRequest: 3,
+  attachmentThread: 4,
 } as const;

@@ -61,8 +61,8 @@ export interface DeviceOptions {
    */
   readonly protocolFeatures?: bigint;
   /**
-   * The type of device where that opens messages of its own: `"gpu"` opens
-   * GPU_SET_SOCKET.
+   * The type of device, where somebody has to know: `"gpu"` opens
+   * GPU_SET_SOCKET, and the kernel (VDUSE) takes `"block"` and `"net"`.
    */
   readonly deviceType?: string;
   /**
@@ -203,6 +203,7 @@ export class Target {
     try {
       const opened = openTransport(this.#options, {
         queueCount: this.#options.queueCount ?? 1,
+        deviceType: this.#options.deviceType,
         connected: (connection) => this.#serve(connection),
         failed: (error) => this.#report(error, null),
         ended: () => this.#end(),
@@ -237,7 +238,7 @@ export class Target {
     return this.#reports.get(device) ?? 0;
   }
 
-  #serve(connection: Connection): void {
+  #serve(connection: Connection): Promise<void> {
     let session: Session;
     try {
       session = new Session(connection, {
@@ -261,7 +262,7 @@ export class Target {
       this.#report(error as Vhost2Error, null);
       // Later: a transport that is just being opened is not in place yet.
       queueMicrotask(() => this.#transport?.disconnected(connection));
-      return;
+      return Promise.resolve();
     }
     const ended = session.run()
       .catch((error) => this.#report(error, session.device))
@@ -270,6 +271,7 @@ export class Target {
         this.#transport?.disconnected(connection);
       });
     this.#sessions.set(session, ended);
+    return ended;
   }
 
   #makeDevice(device: Device) {
@@ -300,6 +302,7 @@ export class Target {
   }
 
   async #close(): Promise<void> {
+    await this.#transport?.dismiss?.();
     const closed = this.#transport?.close();
     for (const session of this.#sessions.keys()) session.close();
     while (this.#sessions.size > 0) {

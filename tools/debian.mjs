@@ -98,14 +98,24 @@ export async function isUnpacked(folder, recipe) {
  * @param {() => Promise<string[]>} packages asked again with new lists when
  *   they are not to be had
  * @param {(unpacked: string) => Promise<void>} finish what else belongs there
+ * @param {string[]} [apt] options for apt, where its lists are others than the
+ *   system's, and new
  */
-export async function unpackInto(folder, what, size, packages, finish) {
+export async function unpackInto(
+  folder,
+  what,
+  size,
+  packages,
+  finish,
+  apt = [],
+) {
   await mkdir(dirname(folder), { recursive: true });
   const unpacked = await mkdtemp(`${folder}-`);
   const isRoot = process.getuid?.() === 0;
   const fetchAll = async () =>
     step(`Fetching ${what}`, size, [
       "apt-get",
+      ...apt,
       "download",
       // apt's own unprivileged user may not reach this directory.
       ...(isRoot ? ["-oAPT::Sandbox::User=root"] : []),
@@ -116,7 +126,7 @@ export async function unpackInto(folder, what, size, packages, finish) {
       await fetchAll();
     } catch (error) {
       // Lists older than the archive name files that are gone from it.
-      if (!isRoot) throw error;
+      if (!isRoot || apt.length > 0) throw error;
       await updateLists();
       await fetchAll();
     }

@@ -23,6 +23,7 @@ import {
 } from "./debian.mjs";
 import { capture, SetupError, step } from "./step.mjs";
 import { fetchTestpmd } from "./testpmd.mjs";
+import { fetchVdpaGuest } from "./vdpa_guest.mjs";
 
 export const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 export const BIN = join(ROOT, "node_modules", ".bin");
@@ -95,6 +96,7 @@ export async function prepareGuest() {
   const recipe = recipeOf(KERNEL_METAPACKAGE, kernelPackage, fetchGuest);
   if (!await isUnpacked(GUEST, recipe)) await fetchGuest(recipe);
   await fetchTestpmd(CACHE);
+  await fetchVdpaGuest(CACHE);
   await buildGuestTools();
 }
 

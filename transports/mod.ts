@@ -8,16 +8,19 @@
 import { Vhost2Error } from "../ffi/errors.ts";
 import type { Transport, TransportHost } from "./transport.ts";
 import * as pciVhostUser from "./pci_vhost_user/mod.ts";
+import * as vduse from "./vduse/mod.ts";
 import * as vhostUser from "./vhost_user/mod.ts";
 
 export * from "./transport.ts";
 export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
 export type { PciVhostUserOptions, ProfileName } from "./pci_vhost_user/mod.ts";
+export type * from "./vduse/mod.ts";
 
 /** Options of any transport, told apart by `transport`. */
 export type TransportOptions =
   | vhostUser.VhostUserOptions
-  | pciVhostUser.PciVhostUserOptions;
+  | pciVhostUser.PciVhostUserOptions
+  | vduse.VduseOptions;
 
 /** `vhost-user`, and so on. */
 export type TransportName = TransportOptions["transport"];
@@ -35,6 +38,7 @@ interface TransportModule {
 const transports = {
   "vhost-user": vhostUser,
   "PCI-vhost-user": pciVhostUser,
+  VDUSE: vduse,
 } as const satisfies Record<TransportName, unknown>;
 
 function find(options: TransportOptions): TransportModule {

@@ -163,8 +163,14 @@ export interface Connection {
 export interface TransportHost {
   /** Queues that the device has at most. */
   readonly queueCount: number;
-  /** A front-end has come; the host owns the connection. */
-  connected(connection: Connection): void;
+  /** The kind of device, where it is told. */
+  readonly deviceType: string | undefined;
+  /**
+   * A front-end has come; the host owns the connection. Fulfilled when its
+   * session has ended (as `Transport.disconnected`, also while the transport
+   * is being opened).
+   */
+  connected(connection: Connection): Promise<void>;
   /** Something failed that leaves the transport working (or retrying). */
   failed(error: Vhost2Error): void;
   /** There was a last connection, and no other will come. */
@@ -173,6 +179,11 @@ export interface TransportHost {
 
 /** An open transport: listening, or keeping a connection. */
 export interface Transport {
+  /**
+   * Where the front-end can be told to go, it is, while its session still
+   * serves it; resolves when it has gone. `close` follows.
+   */
+  dismiss?(): Promise<void>;
   /**
    * Stops accepting and connecting; existing connections stay the host's. What
    * the connections need ends after the last of them: then a promise resolves.

@@ -92,6 +92,7 @@ export interface Blk {
   /** Protocol features beside the library's: for migration and crash recovery. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
+  readonly deviceType: "block";
   /** Makes the device of a front-end, in Workers too. */
   readonly device: DeviceModule & { create(device: Device): TargetOps };
   /** What it has served. */
@@ -271,6 +272,7 @@ export function blkDevice(options: BlkOptions): Blk {
     // Reads, writes and the rest may all be done twice.
     protocolFeatures: virtqueueProtocolFeatures | recoveryProtocolFeatures,
     queueCount: geometry.numQueues,
+    deviceType: "block",
     device: {
       ...portableModule,
       sharedBytes,

@@ -91,6 +91,7 @@ export interface Net {
   /** vhost-user's: RARP, NET_MTU and, for migration, LOG_SHMFD. */
   readonly protocolFeatures: bigint;
   readonly queueCount: number;
+  readonly deviceType: "net";
   /** A disabled queue's frames are dropped. */
   readonly runsDisabledRings: true;
   /** Makes the device of a front-end, in Workers too. */
@@ -243,6 +244,7 @@ export function netDevice(options: NetOptions): Net {
     ),
     // And the control queue.
     queueCount: 2 * properties.pairCount + 1,
+    deviceType: "net",
     runsDisabledRings: true,
     device: parts.device,
     statistics,

@@ -35,7 +35,15 @@ test("--version is that of deno.json, --help names every option", async () => {
       ...["socket-path", "fd", "print-capabilities", "blk-file", "memory"],
       ...["null", "read-only", "num-queues", "serial", "logical-block-size"],
       ...["direct", "workers", "poll-us"],
-      ...["verbose", "help", "version", "connect"],
+      ...[
+        "verbose",
+        "help",
+        "version",
+        "connect",
+        "vduse",
+        "no-attach",
+        "stay",
+      ],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
 });
@@ -49,6 +57,24 @@ const mistakes: [string, string[], number, RegExp][] = [
   ["bind of no device", ["bind", "ffff:ff:1f.7"], 1, /no such device/],
   ["no disk", ["blk", "--socket-path", "FOLDER/s"], 2, /needs --blk-file/],
   ["no socket", ["blk", "--memory", "1M"], 2, /a socket is needed/],
+  [
+    "a socket and the kernel",
+    ["blk", "--memory", "1M", "--vduse", "a", "--socket-path", "s"],
+    2,
+    /--vduse excludes --socket-path, --fd and --connect/,
+  ],
+  [
+    "an attachment of nothing",
+    ["blk", "--memory", "1M", "--socket-path", "s", "--no-attach"],
+    2,
+    /--no-attach and --stay need --vduse/,
+  ],
+  [
+    "a device name that is none",
+    ["blk", "--memory", "1M", "--vduse", "../a"],
+    1,
+    /Cannot use as the name of a VDUSE device: \.\.\/a/,
+  ],
   [
     "no file to use directly",
     ["blk", "--socket-path", "FOLDER/s", "--memory", "1M", "--direct"],
@@ -279,3 +305,18 @@ test("a folder cannot be removed by a command that only listens there", async ()
   assert.match(stderr, /a file that is not a socket is there/);
   assert.ok(existsSync(path));
 });
+
+const noVduse = "blk --vduse says in one sentence what the kernel lacks";
+if (existsSync("/dev/vduse/control")) {
+  test.skip(noVduse, "this kernel has VDUSE; one without it would run it");
+} else {
+  test(noVduse, async () => {
+    const words = ["blk", "--memory", "1M", "--vduse", "vhost2-test"];
+    const { code, stdout, stderr } = await run(...words);
+    assert.deepEqual([code, stdout], [1, ""]);
+    assert.match(
+      stderr,
+      /^vhost2: Cannot create VDUSE device vhost2-test: .*run "modprobe vduse" .*\n$/,
+    );
+  });
+}

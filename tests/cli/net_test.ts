@@ -20,7 +20,8 @@ test("net --help names every option", async () => {
     const option of [
       ...["socket-path", "fd", "connect", "tap", "switch", "echo", "discard"],
       ...["pcap", "num-queues", "mac", "mtu", "workers", "poll-us", "verbose"],
-      ...["help", "version", "print-capabilities"],
+      ...["help", "version", "print-capabilities", "vduse", "no-attach"],
+      ...["stay"],
     ]
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
 });

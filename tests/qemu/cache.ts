@@ -31,18 +31,33 @@ export function projectFolder(): string {
   return folder;
 }
 
+/** Which kernel: the release's own, or the newest one, which has VDUSE. */
+export type KernelName = "release" | "vdpa";
+const kernelFolders = { release: "guest", vdpa: "vdpa-guest" } as const;
+
+/** Where its set-up leaves the release of a kernel. */
+function manifestOf(kernel: KernelName): string {
+  const folder = kernelFolders[kernel];
+  return join(projectFolder(), ".cache", folder, "manifest.json");
+}
+
+/** Whether that kernel could be fetched. */
+export function hasKernel(kernel: KernelName): boolean {
+  return existsSync(manifestOf(kernel));
+}
+
 /**
  * The guest's parts.
  *
  * @throws {Error} when they are not there, with the command that fetches them
  */
-export function guestCache(): GuestCache {
+export function guestCache(kernel: KernelName = "release"): GuestCache {
   const project = projectFolder();
-  const guest = join(project, ".cache", "guest");
-  const manifest = join(guest, "manifest.json");
+  const manifest = manifestOf(kernel);
   if (!existsSync(manifest)) throw missing(manifest);
   const release: string = JSON.parse(readFileSync(manifest, "utf8")).kernel;
-  const root = join(guest, "root");
+  const root = join(project, ".cache", kernelFolders.release, "root");
+  const kernelRoot = join(dirname(manifest), "root");
   const tool = (name: string) => {
     const source = readFileSync(join(project, "tests", "qemu", `${name}.zig`));
     const hash = createHash("sha256").update(source).digest("hex");
@@ -50,11 +65,11 @@ export function guestCache(): GuestCache {
     return firstOf(join(project, ".cache", "guest-tools", file));
   };
   return {
-    kernel: firstOf(join(root, "boot", `vmlinuz-${release}`)),
+    kernel: firstOf(join(kernelRoot, "boot", `vmlinuz-${release}`)),
     // Newer Debian releases have /usr merged into their packages.
     modules: firstOf(
-      join(root, "lib", "modules", release),
-      join(root, "usr", "lib", "modules", release),
+      join(kernelRoot, "lib", "modules", release),
+      join(kernelRoot, "usr", "lib", "modules", release),
     ),
     busybox: firstOf(
       join(root, "bin", "busybox"),

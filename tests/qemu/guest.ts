@@ -15,7 +15,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { guestCache } from "./cache.ts";
+import { guestCache, type KernelName } from "./cache.ts";
 import { buildInitramfs, type GuestExtras } from "./initramfs.ts";
 import { QmpConnection, type QmpEvent } from "./qmp.ts";
 
@@ -69,6 +69,8 @@ export interface GuestOptions {
   drives?: string[];
   /** What the guest has beside busybox and the disk verifier. */
   extras?: GuestExtras;
+  /** Its kernel; that of the release unless given. */
+  kernel?: KernelName;
   /** Run by the guest; without it the firmware boots from a disk. */
   script?: string;
   /** Waits to take over a running guest with the same options: migration.ts. */
@@ -160,8 +162,14 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
       ? ["-device", `intel-iommu,intremap=${isIsolating ? "on" : "off"}`]
       : []),
     // The disk verifier uses the crc32 instruction; rdrand saves the kernel
-    // the second in which it collects randomness otherwise.
-    ...["-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"],
+    // the second in which it collects randomness otherwise. QEMU 7.2's TCG
+    // spoils the flags of cmpxchg16b, on which newer kernels' allocators rely.
+    ...[
+      "-cpu",
+      `qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand${
+        options.kernel === "vdpa" ? ",-cx16" : ""
+      }`,
+    ],
     ...["-smp", String(cpus), "-m", memoryArgument(options)],
     "-object",
     `memory-backend-memfd,id=mem,size=${memoryMb}M,share=on`,
@@ -171,7 +179,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     ...["-qmp", `unix:${qmpPath}`],
   ];
   if (script !== undefined) {
-    const cache = guestCache();
+    const cache = guestCache(options.kernel);
     const initramfs = join(folder, "initramfs");
     writeFileSync(
       initramfs,

@@ -1,11 +1,17 @@
-// A back-end for recovery_test.ts: a disk in a file, whose requests take from 0
-// to 25 ms before and after they reach it and so end in another order than they
-// came. The only words: the socket's path and the file's.
+// A back-end for recovery_test.ts and vduse_test.ts: a disk in a file, whose
+// requests take from 0 to 25 ms before and after they reach it and so end in
+// another order than they came. The words: the socket's path and the file's; or
+// the name of a VDUSE device, the file's path and the format of its rings.
 import { open } from "node:fs/promises";
 import process from "node:process";
-import { blkDevice, registerTarget } from "../../mod.ts";
+import {
+  blkDevice,
+  registerTarget,
+  type TransportOptions,
+  VirtioFeature,
+} from "../../mod.ts";
 
-const [address, path] = process.argv.slice(2);
+const [address, path, format] = process.argv.slice(2);
 const file = await open(path, "r+");
 const { size } = await file.stat();
 
@@ -13,24 +19,30 @@ function pause(): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, Math.random() * 25));
 }
 
-await registerTarget({
-  transport: "vhost-user",
-  address,
-  ...blkDevice({
-    backing: {
-      size,
-      async read(offset, into) {
-        await pause();
-        await file.read(into, 0, into.length, offset);
-        await pause();
-      },
-      async write(offset, data) {
-        await pause();
-        await file.write(data, 0, data.length, offset);
-        await pause();
-      },
-      flush: () => file.datasync(),
+const disk = blkDevice({
+  backing: {
+    size,
+    async read(offset, into) {
+      await pause();
+      await file.read(into, 0, into.length, offset);
+      await pause();
     },
-  }),
+    async write(offset, data) {
+      await pause();
+      await file.write(data, 0, data.length, offset);
+      await pause();
+    },
+    flush: () => file.datasync(),
+  },
+});
+const transport: TransportOptions["transport"] = format === undefined
+  ? "vhost-user"
+  : "VDUSE";
+const packed = 1n << BigInt(VirtioFeature.RING_PACKED);
+await registerTarget({
+  transport,
+  address,
+  ...disk,
+  features: format === "split" ? disk.features & ~packed : disk.features,
 });
 console.log("listening");
