@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 181940176;
+export const abiHash = 1207966186;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -568,6 +568,12 @@ export const functions = {
     symbol: "vhost2_vfio_map_memory",
     parameters: ["u32", "u32", "f64", "f64", "buffer"],
     names: "device, bar, offset, size, addressOut",
+    result: "i32",
+  },
+  vfioBarFile: {
+    symbol: "vhost2_vfio_bar_file",
+    parameters: ["u32", "u32", "f64", "f64", "buffer"],
+    names: "device, bar, offset, size, offsetOut",
     result: "i32",
   },
   vfioRead: {

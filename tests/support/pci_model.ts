@@ -7,10 +7,12 @@
  */
 
 import assert from "node:assert/strict";
+import { readdirSync, readFileSync, statSync } from "node:fs";
 import { core } from "../../ffi/core.ts";
-import { GuestMemory } from "../../ffi/guest_memory.ts";
+import { GuestMemory, type RegionDescription } from "../../ffi/guest_memory.ts";
 import { IovaAllocator } from "../../pci/iova_allocator.ts";
 import {
+  type BarFile,
   type DmaSpace,
   goneValue,
   type MappedBar,
@@ -25,6 +27,8 @@ export interface ModelBar {
   write(offset: number, width: RegisterWidth, value: number): void;
   /** Address of the memory behind it, where it is memory. */
   readonly address?: bigint;
+  /** The file behind it, where another process may map it. */
+  readonly fd?: number;
 }
 
 /** The memory that the driver lets the device reach. */
@@ -40,17 +44,26 @@ export class ModelDma implements DmaSpace {
     }],
     this.pageSize,
   );
-  readonly #mapped = new Map<bigint, { address: bigint; size: number }>();
+  readonly #mapped = new Map<
+    bigint,
+    { size: number; source: RegionDescription["source"]; mmapOffset: bigint }
+  >();
   /** What the system answers to the next mapping, for tests of failure. */
   failure: Error | undefined;
+  /** The same for one mapping each; undefined lets one be made. */
+  readonly failures: (Error | undefined)[] = [];
 
   /** Mappings that the driver has made and not undone. */
   get count(): number {
     return this.#mapped.size;
   }
 
-  reserve(size: number): bigint {
-    return this.#iovas.reserve(size);
+  reserve(size: number, isLast = false): bigint {
+    return this.#iovas.reserve(size, isLast);
+  }
+
+  claim(iova: bigint, size: number): (() => void) | null {
+    return this.#iovas.claim(iova, size);
   }
 
   release(iova: bigint, size: number): void {
@@ -58,9 +71,25 @@ export class ModelDma implements DmaSpace {
   }
 
   map(iova: bigint, address: bigint, size: number): void {
-    if (this.failure !== undefined) throw this.failure;
-    this.#mapped.set(iova, { address, size });
-    this.#publish();
+    const failure = this.failure ?? this.failures.shift();
+    if (failure !== undefined) throw failure;
+    assert.ok(!this.#mapped.has(iova), "mapped twice");
+    const plain = { size, source: { address }, mmapOffset: 0n };
+    this.#mapped.set(iova, plain);
+    try {
+      this.#publish();
+    } catch {
+      // Guest memory cannot be lent: the model maps its file a second time.
+      const { fd, offset } = fileBehind(address);
+      this.#mapped.set(iova, { size, source: { fd }, mmapOffset: offset });
+      this.#publish();
+    }
+  }
+
+  /** Where something is mapped, in order. */
+  get ranges(): { iova: bigint; size: number }[] {
+    return [...this.#mapped].map(([iova, { size }]) => ({ iova, size }))
+      .sort((a, b) => Number(a.iova - b.iova));
   }
 
   unmap(iova: bigint, size: number): void {
@@ -72,12 +101,12 @@ export class ModelDma implements DmaSpace {
   #publish(): void {
     this.memory.prepare(
       "replace",
-      [...this.#mapped].map(([iova, { address, size }]) => ({
+      [...this.#mapped].map(([iova, { size, source, mmapOffset }]) => ({
         gpa: iova,
         uva: iova,
         size: BigInt(size),
-        mmapOffset: 0n,
-        source: { address },
+        mmapOffset,
+        source,
       })),
     );
     this.memory.commit();
@@ -86,6 +115,27 @@ export class ModelDma implements DmaSpace {
   close(): void {
     this.memory.close();
   }
+}
+
+/** The file that is mapped at an address, as a descriptor of this process. */
+function fileBehind(address: bigint): { fd: number; offset: bigint } {
+  for (const line of readFileSync("/proc/self/maps", "utf8").split("\n")) {
+    const match = /^(\w+)-(\w+) \S+ (\w+) \S+ (\d+)/.exec(line);
+    if (match === null) continue;
+    const [start, end, offset] = match.slice(1, 4).map((x) => BigInt(`0x${x}`));
+    if (address < start || address >= end) continue;
+    for (const name of readdirSync("/proc/self/fd")) {
+      try {
+        if (statSync(`/proc/self/fd/${name}`).ino !== Number(match[4])) {
+          continue;
+        }
+      } catch {
+        continue;
+      }
+      return { fd: Number(name), offset: offset + address - start };
+    }
+  }
+  throw new Error(`No file is behind 0x${address.toString(16)}`);
 }
 
 function readBytes(bytes: Uint8Array, offset: number, width: RegisterWidth) {
@@ -188,6 +238,14 @@ export class ModelPciDevice implements PciDevice {
         isOpen = false;
       },
     };
+  }
+
+  barFile(bar: number, offset: number, size: number): BarFile | null {
+    const fd = this.bars[bar]?.fd;
+    if (fd === undefined || offset % 4096 !== 0 || size % 4096 !== 0) {
+      return null;
+    }
+    return offset + size <= this.barSize(bar) ? { fd, offset } : null;
   }
 
   setVectors(fds: readonly number[]): void {
