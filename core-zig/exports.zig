@@ -90,6 +90,7 @@ pub const manifest = .{
     .{ "iotlb_translate", iova.translate, "memory iova length access translation_out" },
     .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
     .{ "map_shared", memory.mapShared, "fd size address_out" },
+    .{ "map_pages", memory.mapPages, "fd file_offset size address_out" },
     .{ "map_over", memory.mapOver, "address size fd file_offset" },
     .{ "unmap", memory.unmap, "address size" },
 

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1207966186;
+export const abiHash = 268467479;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -292,6 +292,12 @@ export const functions = {
     symbol: "vhost2_map_shared",
     parameters: ["i32", "f64", "buffer"],
     names: "fd, size, addressOut",
+    result: "i32",
+  },
+  mapPages: {
+    symbol: "vhost2_map_pages",
+    parameters: ["i32", "f64", "f64", "buffer"],
+    names: "fd, fileOffset, size, addressOut",
     result: "i32",
   },
   mapOver: {

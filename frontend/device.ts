@@ -17,8 +17,10 @@ import {
 import type { BackendMessage } from "../protocol/backend_request.ts";
 import { BackendRequest } from "../protocol/backend_request.ts";
 import { VRING_FLAG_LOG, type VringAddress } from "../protocol/payloads.ts";
+import type { Descriptors } from "../transports/transport.ts";
 import { FrontendConnection, type InflightWithFile } from "./connection.ts";
 import { DirtyLog } from "./dirty_log.ts";
+import { HostNotifiers } from "./host_notifiers.ts";
 import {
   GuestRam,
   type RamRegion,
@@ -57,6 +59,13 @@ const inflightFeatures = featureMask(
   Protocol.INFLIGHT_SHMFD,
   Protocol.GET_VRING_BASE_INFLIGHT,
   Protocol.GET_VRING_BASE_SKIP_DRAIN,
+);
+
+/** What `takesHostNotifiers` adds to them. */
+const notifierFeatures = featureMask(
+  Protocol.BACKEND_REQ,
+  Protocol.BACKEND_SEND_FD,
+  Protocol.HOST_NOTIFIER,
 );
 
 /** Virtio features of the transport and the ring that it knows. */
@@ -109,6 +118,11 @@ export interface VhostUserDeviceOptions {
    * loses none of them; the device must offer INFLIGHT_SHMFD.
    */
   readonly recovers?: boolean;
+  /**
+   * Takes host notifiers: where the back-end gives one, the queue is kicked by
+   * a register of its device.
+   */
+  readonly takesHostNotifiers?: boolean;
 }
 
 /** Which format the rings have. */
@@ -162,7 +176,11 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly iommu: Iommu | undefined;
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
-  readonly #makeDriver: (queueSize: number) => Driver;
+  /** Where it `takesHostNotifiers`: those that the back-end has given. */
+  readonly hostNotifiers: HostNotifiers = new HostNotifiers();
+  /** The back-end has given, or taken away, that of a queue. */
+  onHostNotifier: ((index: number) => void) | undefined;
+  readonly #makeDriver: (index: number, queueSize: number) => Driver;
   #connection: FrontendConnection;
   #inflight: InflightWithFile | null = null;
   readonly #options: VhostUserDeviceOptions & RingFormatOptions;
@@ -203,23 +221,27 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       this.iommu = new Iommu(this.ram, iommu === true ? {} : iommu);
       this.#connectIommu(connection);
     }
-    this.#makeDriver = (queueSize) =>
-      makeDriver(this.ram, {
+    this.#makeDriver = (index, queueSize) => {
+      const driver = makeDriver(this.ram, {
         queueSize,
         features: this.features,
         usesCalls: options.usesCalls,
         iommu: this.iommu,
       });
+      driver.kickDirectly = () => this.hostNotifiers.kick(index);
+      return driver;
+    };
     try {
       for (let index = 0; index < queueCount; index++) {
-        this.#queues.push(this.#makeDriver(options.queueSize ?? 128));
+        this.#queues.push(this.#makeDriver(index, options.queueSize ?? 128));
       }
     } catch (error) {
       this.#free();
       throw error;
     }
     this.#bases = this.queues.map(({ firstBase }) => firstBase);
-    connection.onBackendRequest = (message) => this.#backendRequest(message);
+    connection.onBackendRequest = (message, descriptors) =>
+      this.#backendRequest(message, descriptors);
   }
 
   /** Connects and negotiates; starts all queues unless told otherwise. */
@@ -372,8 +394,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       ? FrontendConnection.fromFd(fd)
       : await FrontendConnection.connect(path!);
     this.#sentRegions.clear();
-    this.connection.onBackendRequest = (message) =>
-      this.#backendRequest(message);
+    this.connection.onBackendRequest = (message, descriptors) =>
+      this.#backendRequest(message, descriptors);
     const { features, protocolFeatures } = await negotiate(
       this.connection,
       this.#options,
@@ -538,7 +560,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   ): Promise<Driver> {
     if (this.isStarted(index)) await this.stopQueue(index);
     const old = this.queues[index];
-    const driver = this.#makeDriver(options.queueSize ?? old.queueSize);
+    const driver = this.#makeDriver(index, options.queueSize ?? old.queueSize);
     this.#queues[index] = driver;
     this.#bases[index] = driver.firstBase;
     old.close();
@@ -622,7 +644,20 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.iommu?.connect(connection, { isGpa });
   }
 
-  #backendRequest(message: BackendMessage): bigint | Promise<bigint> {
+  #backendRequest(
+    message: BackendMessage,
+    descriptors: Descriptors,
+  ): bigint | Promise<bigint> {
+    if (
+      message.id === BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG &&
+      this.#options.takesHostNotifiers
+    ) {
+      const { index } = message.payload.vring;
+      if (index >= this.queues.length) return 1n;
+      this.hostNotifiers.take(message.payload, descriptors);
+      this.onHostNotifier?.(index);
+      return 0n;
+    }
     if (
       message.id === BackendRequest.BACKEND_IOTLB_MSG &&
       this.iommu !== undefined
@@ -640,6 +675,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   #free(): void {
     this.#dropInflight();
     for (const driver of this.queues) driver.close();
+    this.hostNotifiers.close();
     this.#log?.close();
     if (this.#ownsRam) this.ram.close();
   }
@@ -677,7 +713,8 @@ async function negotiate(
       (options.packed ? packed : 0n) | (options.iommu ? platform : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
-    const inflight = options.recovers ? inflightFeatures : 0n;
+    const added = (options.recovers ? inflightFeatures : 0n) |
+      (options.takesHostNotifiers ? notifierFeatures : 0n);
     const offered = await connection.getProtocolFeatures();
     if (options.recovers && !hasFeature(offered, Protocol.INFLIGHT_SHMFD)) {
       throw new Vhost2Error(
@@ -686,7 +723,7 @@ async function negotiate(
       );
     }
     protocolFeatures = offered &
-      ((options.protocolFeatures ?? supportedProtocolFeatures) | inflight);
+      ((options.protocolFeatures ?? supportedProtocolFeatures) | added);
     const ack = options.acksAll === true &&
       hasFeature(protocolFeatures, Protocol.REPLY_ACK);
     await connection.setProtocolFeatures(protocolFeatures, { ack });

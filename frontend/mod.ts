@@ -18,6 +18,7 @@ export * from "./device.ts";
 export * from "../driver/guest_ram.ts";
 export * from "./dirty_log.ts";
 export * from "./iommu.ts";
+export { HostNotifiers } from "./host_notifiers.ts";
 export {
   type AddressMap,
   type ChainOptions,

@@ -272,6 +272,11 @@ export class VirtioRegisters {
     return this.#notify.multiplier;
   }
 
+  /** Changes with the device's own configuration space. */
+  get configGeneration(): number {
+    return this.#common.read("configGeneration");
+  }
+
   /** Reading takes a pin's interrupt back. */
   readIsr(): void {
     if (this.#isr !== undefined) {

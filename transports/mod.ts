@@ -7,17 +7,20 @@
 
 import { Vhost2Error } from "../ffi/errors.ts";
 import type { Transport, TransportHost } from "./transport.ts";
+import * as pciVdpa from "./pci_vdpa/mod.ts";
 import * as pciVhostUser from "./pci_vhost_user/mod.ts";
 import * as vhostUser from "./vhost_user/mod.ts";
 
 export * from "./transport.ts";
 export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
 export type { PciVhostUserOptions, ProfileName } from "./pci_vhost_user/mod.ts";
+export type { PciVdpaOptions } from "./pci_vdpa/mod.ts";
 
 /** Options of any transport, told apart by `transport`. */
 export type TransportOptions =
   | vhostUser.VhostUserOptions
-  | pciVhostUser.PciVhostUserOptions;
+  | pciVhostUser.PciVhostUserOptions
+  | pciVdpa.PciVdpaOptions;
 
 /** `vhost-user`, and so on. */
 export type TransportName = TransportOptions["transport"];
@@ -35,6 +38,7 @@ interface TransportModule {
 const transports = {
   "vhost-user": vhostUser,
   "PCI-vhost-user": pciVhostUser,
+  "PCI-vDPA": pciVdpa,
 } as const satisfies Record<TransportName, unknown>;
 
 function find(options: TransportOptions): TransportModule {

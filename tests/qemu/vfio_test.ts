@@ -4,58 +4,11 @@
  */
 
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
-import {
-  readdirSync,
-  readFileSync,
-  realpathSync,
-  writeFileSync,
-} from "node:fs";
-import { join } from "node:path";
+import { writeFileSync } from "node:fs";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
-import { projectFolder } from "./cache.ts";
 import { startGuest } from "./guest.ts";
-
-/** What of the project the guest needs. */
-const sources = [
-  ...["cli", "devices", "driver", "ffi", "frontend", "pci", "protocol"],
-  ...["session", "transports", "virtqueue"],
-];
-const single = [
-  ...["deno.json", "mod.ts", "tests/qemu/vfio_probe.ts"],
-  "zig-out/lib/libvhost2-x86_64.so",
-];
-
-type Files = Map<string, { bytes: Uint8Array; mode?: number }>;
-
-/** Deno with its libraries, and the project. */
-function guestFiles(): Files {
-  const files: Files = new Map();
-  const project = projectFolder();
-  const deno = realpathSync(join(project, "node_modules/deno/deno"));
-  files.set("bin/deno", { bytes: readFileSync(deno), mode: 0o755 });
-  const libraries = execFileSync("ldd", [deno], { encoding: "utf8" });
-  for (const [path] of libraries.matchAll(/\/\S+/g)) {
-    files.set(path.slice(1), { bytes: readFileSync(path), mode: 0o755 });
-  }
-  for (const folder of sources) {
-    const names = readdirSync(join(project, folder), {
-      recursive: true,
-      encoding: "utf8",
-    });
-    for (const name of names) {
-      if (!name.endsWith(".ts") || name.startsWith("embedded")) continue;
-      addFile(files, project, join(folder, name));
-    }
-  }
-  for (const name of single) addFile(files, project, name);
-  return files;
-}
-
-function addFile(files: Files, project: string, name: string): void {
-  files.set(`project/${name}`, { bytes: readFileSync(join(project, name)) });
-}
+import { projectFiles } from "./guest_project.ts";
 
 const properties = "disable-legacy=on,iommu_platform=on";
 
@@ -71,7 +24,10 @@ test("QEMU's virtio devices work by VFIO, behind an IOMMU", async () => {
       `virtio-balloon-pci,addr=7,${properties}`,
     ],
     drives: [`if=none,id=disk,format=raw,file=${disk}`],
-    extras: { modules: ["vfio_iommu_type1", "vfio_pci"], files: guestFiles() },
+    extras: {
+      modules: ["vfio_iommu_type1", "vfio_pci"],
+      files: projectFiles("qemu/vfio_probe.ts"),
+    },
     script: `
 export HOME=/tmp DENO_DIR=/tmp/deno NO_COLOR=1
 cd /project

@@ -80,7 +80,8 @@ export class ModelDma implements DmaSpace {
       this.#publish();
     } catch {
       // Guest memory cannot be lent: the model maps its file a second time.
-      const { fd, offset } = fileBehind(address);
+      const { fd: there, offset } = fileBehind(address);
+      const fd = core.descriptorDuplicate(there);
       this.#mapped.set(iova, { size, source: { fd }, mmapOffset: offset });
       this.#publish();
     }
@@ -93,9 +94,11 @@ export class ModelDma implements DmaSpace {
   }
 
   unmap(iova: bigint, size: number): void {
-    if (this.#mapped.get(iova)?.size !== size) return;
+    const mapped = this.#mapped.get(iova);
+    if (mapped?.size !== size) return;
     this.#mapped.delete(iova);
     this.#publish();
+    if ("fd" in mapped.source) core.descriptorClose(mapped.source.fd);
   }
 
   #publish(): void {
@@ -114,6 +117,9 @@ export class ModelDma implements DmaSpace {
 
   close(): void {
     this.memory.close();
+    for (const { source } of this.#mapped.values()) {
+      if ("fd" in source) core.descriptorClose(source.fd);
+    }
   }
 }
 

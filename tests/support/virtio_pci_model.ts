@@ -7,8 +7,7 @@
  */
 
 import assert from "node:assert/strict";
-import { readSync, writeSync } from "node:fs";
-import { core } from "../../ffi/core.ts";
+import { binding, core } from "../../ffi/core.ts";
 import type { RegisterWidth } from "../../pci/pci_device.ts";
 import { type Request, Virtqueue } from "../../virtqueue/mod.ts";
 import {
@@ -164,17 +163,14 @@ export class VirtioPciModel extends ModelPciDevice {
     const size = pageSize * (this.options.queueCount ?? 1);
     const fd = core.memfdCreate(size);
     assert.ok(fd >= 0);
-    const untouched = new Uint8Array(2).fill(0xff);
-    const bytes = new Uint8Array(2);
-    for (let at = 0; at < size; at += pageSize) {
-      writeSync(fd, untouched, 0, 2, at);
-    }
+    const address = new BigUint64Array(1);
+    assert.equal(core.mapShared(fd, size, address), 0);
+    const words = new Uint16Array(binding.view(address[0], size));
+    words.fill(maxVector);
     const timer = setInterval(() => {
-      for (let at = 0; at < size; at += pageSize) {
-        readSync(fd, bytes, 0, 2, at);
-        const index = bytes[0] + 256 * bytes[1];
+      for (let at = 0; at < size / 2; at += pageSize / 2) {
+        const index = Atomics.exchange(words, at, maxVector);
         if (index === maxVector) continue;
-        writeSync(fd, untouched, 0, 2, at);
         this.directKicks++;
         this.queues[index]?.virtqueue?.kick();
       }
@@ -188,6 +184,9 @@ export class VirtioPciModel extends ModelPciDevice {
     this.#closeNotifyPages = () => {
       clearInterval(timer);
       core.descriptorClose(fd);
+      if (typeof words.buffer.transfer !== "function") return;
+      words.buffer.transfer();
+      assert.equal(core.unmap(address[0], size), 0);
     };
   }
 
