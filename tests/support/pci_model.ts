@@ -35,7 +35,7 @@ export interface ModelBar {
 export class ModelDma implements DmaSpace {
   readonly pageSize = 4096;
   /** As the device sees it: gpa is the I/O address. */
-  readonly memory = new GuestMemory();
+  #memory = new GuestMemory();
   readonly #iovas = new IovaAllocator(
     // The hole is where interrupt messages go.
     [{ start: 0n, last: 0xfedf_ffffn }, {
@@ -44,10 +44,8 @@ export class ModelDma implements DmaSpace {
     }],
     this.pageSize,
   );
-  readonly #mapped = new Map<
-    bigint,
-    { size: number; source: RegionDescription["source"]; mmapOffset: bigint }
-  >();
+  /** Sizes by I/O address. */
+  readonly #mapped = new Map<bigint, number>();
   /** What the system answers to the next mapping, for tests of failure. */
   failure: Error | undefined;
   /** The same for one mapping each; undefined lets one be made. */
@@ -74,52 +72,59 @@ export class ModelDma implements DmaSpace {
     const failure = this.failure ?? this.failures.shift();
     if (failure !== undefined) throw failure;
     assert.ok(!this.#mapped.has(iova), "mapped twice");
-    const plain = { size, source: { address }, mmapOffset: 0n };
-    this.#mapped.set(iova, plain);
+    // Of a file that became shorter a real device has the pages all the same;
+    // here it reaches nothing any more until all of that is gone.
+    if (this.#mapped.size === 0 && this.#memory.state !== "ok") {
+      this.#memory.close();
+      this.#memory = new GuestMemory();
+    }
     try {
-      this.#publish();
+      this.#add(iova, size, 0n, { address });
     } catch {
       // Guest memory cannot be lent: the model maps its file a second time.
-      const { fd: there, offset } = fileBehind(address);
-      const fd = core.descriptorDuplicate(there);
-      this.#mapped.set(iova, { size, source: { fd }, mmapOffset: offset });
-      this.#publish();
+      const { fd, offset } = fileBehind(address);
+      this.#add(iova, size, offset, { fd });
     }
+    this.#mapped.set(iova, size);
+  }
+
+  #add(
+    iova: bigint,
+    size: number,
+    mmapOffset: bigint,
+    source: RegionDescription["source"],
+  ): void {
+    this.#memory.prepare("add", [
+      { gpa: iova, uva: iova, size: BigInt(size), mmapOffset, source },
+    ]);
+    this.#memory.commit();
   }
 
   /** Where something is mapped, in order. */
   get ranges(): { iova: bigint; size: number }[] {
-    return [...this.#mapped].map(([iova, { size }]) => ({ iova, size }))
+    return [...this.#mapped].map(([iova, size]) => ({ iova, size }))
       .sort((a, b) => Number(a.iova - b.iova));
   }
 
-  unmap(iova: bigint, size: number): void {
-    const mapped = this.#mapped.get(iova);
-    if (mapped?.size !== size) return;
-    this.#mapped.delete(iova);
-    this.#publish();
-    if ("fd" in mapped.source) core.descriptorClose(mapped.source.fd);
+  get memory(): GuestMemory {
+    return this.#memory;
   }
 
-  #publish(): void {
-    this.memory.prepare(
-      "replace",
-      [...this.#mapped].map(([iova, { size, source, mmapOffset }]) => ({
-        gpa: iova,
-        uva: iova,
-        size: BigInt(size),
-        mmapOffset,
-        source,
-      })),
-    );
-    this.memory.commit();
+  unmap(iova: bigint, size: number): void {
+    if (this.#mapped.get(iova) !== size) return;
+    this.#mapped.delete(iova);
+    this.#memory.prepare("remove", [{
+      gpa: iova,
+      uva: iova,
+      size: BigInt(size),
+      mmapOffset: 0n,
+      source: { fd: -1 },
+    }]);
+    this.#memory.commit();
   }
 
   close(): void {
-    this.memory.close();
-    for (const { source } of this.#mapped.values()) {
-      if ("fd" in source) core.descriptorClose(source.fd);
-    }
+    this.#memory.close();
   }
 }
 

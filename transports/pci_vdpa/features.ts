@@ -69,30 +69,30 @@ export function passedQueues(type: number, queueCount: number): number {
   return Math.min(type === networkCard ? cardQueues : maxQueues, queueCount);
 }
 
+/** By virtio type: queues whose buffers wait for something to happen. */
+const eventQueues: Readonly<Record<number, (index: number) => boolean>> = {
+  // Frames that arrive.
+  [networkCard]: (index) => index % 2 === 0,
+  // Console: input of each port, and of the control queue.
+  3: (index) => index % 2 === 0,
+  // Balloon: statistics, asked for by giving a buffer back.
+  5: (index) => index === 2,
+  // SCSI host: events.
+  8: (index) => index === 1,
+  // Input: events.
+  18: (index) => index === 0,
+  // Socket: packets that arrive, and events.
+  19: (index) => index !== 1,
+  // Sound: events.
+  25: (index) => index === 1,
+};
+
 /**
  * Whether a queue's buffers wait for something that may never happen, so that
- * no stop can wait for them. By virtio type: frames that arrive (network card,
- * socket), input of a console, events (SCSI, input, sound).
+ * no stop can wait for them.
  */
 export function waitsForEvents(type: number, queueIndex: number): boolean {
-  switch (type) {
-    case networkCard:
-      return queueIndex % 2 === 0;
-    case 3:
-      return queueIndex === 0 || queueIndex === 2 ||
-        (queueIndex > 3 && queueIndex % 2 === 0);
-    case 5:
-      return queueIndex === 2;
-    case 8:
-    case 25:
-      return queueIndex === 1;
-    case 18:
-      return queueIndex === 0;
-    case 19:
-      return queueIndex !== 1;
-    default:
-      return false;
-  }
+  return eventQueues[type]?.(queueIndex) ?? false;
 }
 
 /** Protocol features that have no sense where the device holds the requests. */

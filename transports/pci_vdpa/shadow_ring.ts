@@ -122,7 +122,6 @@ export class ShadowRing implements RunningRing {
     const { batch } = this.#virtqueue!;
     const { words } = batch;
     const head = words[RequestWord.head];
-    const writable = words[RequestWord.writableBytes];
     const buffers = this.#buffers(
       words[RequestWord.segmentFirst],
       words[RequestWord.readableCount] + words[RequestWord.writableCount],
@@ -137,8 +136,7 @@ export class ShadowRing implements RunningRing {
       this.#tableBytes -= tableBytes;
       this.#inFlight.delete(head);
       this.#lastDone = Math.max(this.#lastDone, serial);
-      // A device that says more than there is says nothing.
-      this.#virtqueue?.complete(head, Math.min(written, writable));
+      this.#virtqueue?.complete(head, written);
     }, (error: Vhost2Error) => {
       this.#tableBytes -= tableBytes;
       if (!this.#isStopping) this.#queue.fail(error.message, error);
@@ -181,7 +179,11 @@ export class ShadowRing implements RunningRing {
 
   async quiesce(): Promise<void> {
     this.#isStopping = true;
-    await whenIdle(this.#options, () => this.#inFlight.size === 0);
+    await whenIdle(
+      this.#options,
+      // Of a ring that the device has broken nothing comes any more.
+      () => this.#inFlight.size === 0 || this.#driver.failure !== undefined,
+    );
   }
 
   async end(): Promise<number> {
