@@ -6,7 +6,11 @@
 
 // A target, and what a device implements.
 export { registerTarget, Target } from "./session/target.ts";
-export type { DeviceOptions, TargetOptions } from "./session/target.ts";
+export type {
+  DeviceOptions,
+  PassedOnOptions,
+  TargetOptions,
+} from "./session/target.ts";
 export type {
   DeviceFactory,
   DeviceModule,
@@ -61,6 +65,7 @@ export {
 
 // How front-ends reach a target.
 export type {
+  PciVdpaOptions,
   PciVhostUserOptions,
   ProfileName,
   ReconnectDelays,

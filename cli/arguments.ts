@@ -15,6 +15,7 @@ import {
   placeOptions,
   UsageError,
 } from "./parsing.ts";
+import { parseVdpa, type VdpaArguments } from "./vdpa_arguments.ts";
 
 /** Where a disk's bytes are to be. Sizes in bytes. */
 export type DiskSource =
@@ -42,11 +43,15 @@ export interface BlkArguments {
 
 /** What is to be done. */
 export type Command =
-  | { readonly name: "help"; readonly about: "all" | "blk" | "net" | "bind" }
+  | {
+    readonly name: "help";
+    readonly about: "all" | "blk" | "net" | "vdpa" | "bind";
+  }
   | { readonly name: "version" }
   | { readonly name: "capabilities"; readonly of: "blk" | "net" }
   | { readonly name: "blk"; readonly arguments: BlkArguments }
   | { readonly name: "net"; readonly arguments: NetArguments }
+  | { readonly name: "vdpa"; readonly arguments: VdpaArguments }
   | {
     readonly name: "bind";
     readonly address: string;
@@ -81,10 +86,11 @@ export function parseCommand(words: readonly string[]): Command {
   }
   if (name === "blk") return parseBlk(rest);
   if (name === "net") return parseNet(rest);
+  if (name === "vdpa") return parseVdpa(rest);
   if (name === "bind") return parseBind(rest);
   if (!name.startsWith("-")) {
     throw new UsageError(
-      `there is no command "${name}" (there is: blk, net, bind)`,
+      `there is no command "${name}" (there is: blk, net, vdpa, bind)`,
     );
   }
   const { values } = parse({ args: [...words], options: general });

@@ -7,11 +7,34 @@ Usage: vhost2 COMMAND [OPTIONS]
 Commands:
   blk          a disk (vhost-user-blk)
   net          a network card (vhost-user-net)
+  vdpa         a virtio PCI device of this machine, for a guest of it
   bind         give a PCI device to this program, or back
 
 Options:
   -h, --help     this text; "vhost2 blk --help" for a command's options
   -V, --version  the version
+`,
+  vdpa: `vhost2 vdpa: a virtio PCI device of this machine, for a virtual machine
+
+Usage: vhost2 vdpa ADDRESS --socket-path PATH [OPTIONS]
+
+  ADDRESS             of the device, such as 0000:00:06.0; "vhost2 bind" has
+                      given it to this program
+
+The socket, one of:
+  --socket-path PATH  listen on a Unix socket at PATH
+  --fd N              an inherited socket, listening or connected
+  --connect           with --socket-path: connect to it instead
+
+Options:
+  --num-queues N      queues at most, 1 to 256 (all that the device has)
+  --packed            offer packed rings too; they are relayed, which is slower
+  -v, --verbose       show each message, one line each, on stderr
+  -h, --help          this text
+  -V, --version       the version
+
+The device reads and writes the guest's memory by itself, through the IOMMU;
+all of that memory is locked. SIGINT and SIGTERM stop it.
 `,
   bind: `vhost2 bind: give a PCI device to vfio-pci, or back
 

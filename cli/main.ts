@@ -38,11 +38,14 @@ async function perform(command: Command): Promise<void> {
   // Only now: the core is loaded with it.
   const blk = await import("./blk.ts");
   const net = await import("./net.ts");
+  const vdpa = await import("./vdpa.ts");
   switch (command.name) {
     case "blk":
       return await blk.serveBlk(command.arguments);
     case "net":
       return await net.serveNet(command.arguments);
+    case "vdpa":
+      return await vdpa.serveVdpa(command.arguments);
     case "capabilities": {
       const { capabilities } = command.of === "blk" ? blk : net;
       process.stdout.write(`${JSON.stringify(capabilities)}\n`);

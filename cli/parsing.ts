@@ -14,13 +14,16 @@ export class UsageError extends Error {
 /** The socket: its path, or inherited. */
 export type SocketAddress = string | { readonly fd: number };
 
+/** A socket, and which side of it is ours. */
+export interface SocketPlace {
+  readonly kind: "socket";
+  readonly address: SocketAddress;
+  readonly isConnecting: boolean;
+}
+
 /** How the front-end comes: over a socket, or it is this machine's kernel. */
 export type Place =
-  | {
-    readonly kind: "socket";
-    readonly address: SocketAddress;
-    readonly isConnecting: boolean;
-  }
+  | SocketPlace
   | {
     readonly kind: "vduse";
     readonly name: string;
@@ -106,12 +109,7 @@ export function parsePlace(values: PlaceValues): Place {
     if (isLeftOut || stay) {
       throw new UsageError("--no-attach and --stay need --vduse");
     }
-    const address = parseAddress(values);
-    return {
-      kind: "socket",
-      address,
-      isConnecting: values.connect ?? false,
-    };
+    return parseSocket(values, "; or --vduse NAME");
   }
   const { "socket-path": path, fd, connect } = values;
   if (path !== undefined || fd !== undefined || connect) {
@@ -122,10 +120,19 @@ export function parsePlace(values: PlaceValues): Place {
   return { kind: "vduse", name, isAttached: !isLeftOut, stays: stay };
 }
 
-/** Which socket. */
-function parseAddress(
-  values: { "socket-path"?: string; fd?: string; connect?: boolean },
-): SocketAddress {
+interface SocketValues {
+  "socket-path"?: string;
+  fd?: string;
+  connect?: boolean;
+}
+
+/** Which socket; `instead`: what else the command takes, for its message. */
+export function parseSocket(values: SocketValues, instead = ""): SocketPlace {
+  const address = parseAddress(values, instead);
+  return { kind: "socket", address, isConnecting: values.connect ?? false };
+}
+
+function parseAddress(values: SocketValues, instead: string): SocketAddress {
   const { "socket-path": path, fd, connect } = values;
   if (path !== undefined && fd !== undefined) {
     throw new UsageError("--socket-path and --fd exclude each other");
@@ -133,7 +140,7 @@ function parseAddress(
   if (path !== undefined) return path;
   if (fd === undefined) {
     throw new UsageError(
-      "a socket is needed: --socket-path PATH or --fd N; or --vduse NAME",
+      `a socket is needed: --socket-path PATH or --fd N${instead}`,
     );
   }
   if (connect) throw new UsageError("--connect needs --socket-path");

@@ -11,8 +11,14 @@ import { Vhost2Error } from "../ffi/errors.ts";
 import type { TransportOptions } from "../mod.ts";
 import type { Place } from "./parsing.ts";
 
+/** Those on which a device of ours is served. */
+type SoftwareTransport = Exclude<
+  TransportOptions,
+  { readonly transport: "PCI-vDPA" }
+>;
+
 /** The transport for `registerTarget`. */
-export function transportOf(place: Place): TransportOptions {
+export function transportOf(place: Place): SoftwareTransport {
   if (place.kind === "socket") {
     const { address, isConnecting } = place;
     return { transport: "vhost-user", address, connect: isConnecting };

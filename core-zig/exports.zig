@@ -97,6 +97,7 @@ pub const manifest = .{
     .{ "iotlb_translate", iova.translate, "memory iova length access translation_out" },
     .{ "map_anonymous", memory.mapAnonymous, "size address_out" },
     .{ "map_shared", memory.mapShared, "fd size address_out" },
+    .{ "map_pages", memory.mapPages, "fd file_offset size address_out" },
     .{ "map_over", memory.mapOver, "address size fd file_offset" },
     .{ "unmap", memory.unmap, "address size" },
 
@@ -159,6 +160,7 @@ pub const manifest = .{
     .{ "vfio_device_info", vfio.deviceInfo, "device info_out" },
     .{ "vfio_map_registers", vfio.mapRegisters, "device bar limit" },
     .{ "vfio_map_memory", vfio.mapMemory, "device bar offset size address_out" },
+    .{ "vfio_bar_file", vfio.barFile, "device bar offset size offset_out" },
     .{ "vfio_read", vfio.read, "device region offset width" },
     .{ "vfio_write", vfio.write, "device region offset width value" },
     .{ "vfio_interrupts", vfio.interrupts, "device kind fds count" },

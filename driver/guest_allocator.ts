@@ -31,15 +31,42 @@ export class GuestAllocator {
     for (let index = 0; index < this.#holes.length; index++) {
       const hole = this.#holes[index];
       const start = Math.ceil(hole.start / alignment) * alignment;
-      const end = start + size;
-      if (end > hole.end) continue;
-      const rest: Hole[] = [];
-      if (start > hole.start) rest.push({ start: hole.start, end: start });
-      if (end < hole.end) rest.push({ start: end, end: hole.end });
-      this.#holes.splice(index, 1, ...rest);
+      if (start + size > hole.end) continue;
+      this.#cut(index, start, start + size);
       return start;
     }
     return null;
+  }
+
+  /** As `allocate`, but the last piece that fits. */
+  allocateLast(size: number, alignment: number): number | null {
+    for (let index = this.#holes.length - 1; index >= 0; index--) {
+      const hole = this.#holes[index];
+      const start = Math.floor((hole.end - size) / alignment) * alignment;
+      if (start < hole.start) continue;
+      this.#cut(index, start, start + size);
+      return start;
+    }
+    return null;
+  }
+
+  /** Takes just this piece; false when it is not all free. */
+  take(start: number, size: number): boolean {
+    const end = start + size;
+    const index = this.#holes.findIndex((hole) =>
+      hole.start <= start && end <= hole.end
+    );
+    if (index < 0) return false;
+    this.#cut(index, start, end);
+    return true;
+  }
+
+  #cut(index: number, start: number, end: number): void {
+    const hole = this.#holes[index];
+    const rest: Hole[] = [];
+    if (start > hole.start) rest.push({ start: hole.start, end: start });
+    if (end < hole.end) rest.push({ start: end, end: hole.end });
+    this.#holes.splice(index, 1, ...rest);
   }
 
   /** Gives a piece back, exactly as it was allocated. */

@@ -149,6 +149,8 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   readonly iommu: AddressMap | undefined;
   /** Used elements of chains made by hand, the last of them. */
   readonly strays: UsedElement[] = [];
+  /** Kicks in place of the eventfd where it answers true: a host notifier. */
+  kickDirectly: (() => boolean) | undefined;
   /** Called for each element that appears as used. */
   onUsed: ((element: UsedElement) => void) | undefined;
   /** The base of a ring that nobody has used. */
@@ -351,9 +353,10 @@ export abstract class QueueDriver<Ring extends RingLayout = RingLayout> {
   /** Kicks whatever the device wants. */
   kick(): void {
     if (!this.#isOpen) return;
+    this.#kicks++;
+    if (this.kickDirectly?.()) return;
     if (this.#notify === undefined) core.eventfdSignal(this.kickFd);
     else this.#notify();
-    this.#kicks++;
   }
 
   /** Takes what is used now; returns how many elements. */

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1175622442;
+export const abiHash = 1305339269;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -300,6 +300,12 @@ export const functions = {
     names: "fd, size, addressOut",
     result: "i32",
   },
+  mapPages: {
+    symbol: "vhost2_map_pages",
+    parameters: ["i32", "f64", "f64", "buffer"],
+    names: "fd, fileOffset, size, addressOut",
+    result: "i32",
+  },
   mapOver: {
     symbol: "vhost2_map_over",
     parameters: ["u64", "f64", "i32", "f64"],
@@ -586,6 +592,12 @@ export const functions = {
     symbol: "vhost2_vfio_map_memory",
     parameters: ["u32", "u32", "f64", "f64", "buffer"],
     names: "device, bar, offset, size, addressOut",
+    result: "i32",
+  },
+  vfioBarFile: {
+    symbol: "vhost2_vfio_bar_file",
+    parameters: ["u32", "u32", "f64", "f64", "buffer"],
+    names: "device, bar, offset, size, offsetOut",
     result: "i32",
   },
   vfioRead: {

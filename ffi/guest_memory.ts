@@ -120,6 +120,14 @@ function refusal(region: RegionDescription | undefined): string {
   }
 }
 
+/** Who has to know which regions there are, such as a device's IOMMU. */
+export interface RegionWatcher {
+  /** A region is in the table. Throwing takes it out again. */
+  added(region: MappedRegion): void;
+  /** It has left the table, and is about to be unmapped. */
+  removing(region: MappedRegion): void;
+}
+
 /** A memory as other isolates attach to it: structured-cloneable. */
 export interface SharedMemoryHandle {
   readonly handle: number;
@@ -146,6 +154,8 @@ export class GuestMemory {
   #isClosed = false;
   /** Called once when the memory faults under the device. */
   onFault: (() => void) | undefined;
+  /** Told of regions in the isolate that keeps the table. */
+  watcher: RegionWatcher | undefined;
   /** Changes before the table does, and again after. */
   readonly #version: Int32Array;
   #seenVersion = 0;
@@ -298,7 +308,8 @@ export class GuestMemory {
 
   /**
    * Publishes what `prepare` staged and lets go of the regions that are no
-   * longer in it; their views are empty from here on.
+   * longer in it; their views are empty from here on. Throws what the watcher
+   * throws; the region for which it does is then not there.
    */
   commit(): void {
     const retired = new Uint32Array(constants.maxRegions);
@@ -311,10 +322,38 @@ export class GuestMemory {
     this.#seenVersion = Atomics.add(this.#version, 0, 1) + 1;
     const old = new Map(this.#regions.map((r) => [r.viewFirst, r]));
     for (const viewFirst of retired.subarray(0, count)) {
-      this.#release(viewFirst, old.get(viewFirst));
+      const region = old.get(viewFirst);
+      if (region !== undefined) this.watcher?.removing(region);
+      this.#release(viewFirst, region);
       old.delete(viewFirst);
     }
     this.#list(old);
+    if (this.watcher !== undefined) this.#tellOfAdded(this.watcher, old);
+  }
+
+  #tellOfAdded(watcher: RegionWatcher, old: Map<number, MappedRegion>): void {
+    for (const region of this.#regions) {
+      if (old.has(region.viewFirst)) continue;
+      try {
+        watcher.added(region);
+      } catch (error) {
+        // Those after it are not there either: nobody was told of them.
+        const rest = this.#regions.slice(this.#regions.indexOf(region))
+          .filter(({ viewFirst }) => !old.has(viewFirst));
+        this.prepare(
+          "remove",
+          rest.map(({ gpa, uva, size }) => ({
+            gpa,
+            uva,
+            size: BigInt(size),
+            mmapOffset: 0n,
+            source: { fd: -1 },
+          })),
+        );
+        this.commit();
+        throw error;
+      }
+    }
   }
 
   /** Takes over the published table; of `old` what is still there. */

@@ -28,6 +28,8 @@ import {
   type StopQueueOptions,
 } from "./device_queues.ts";
 import { DirtyLog } from "./dirty_log.ts";
+import { HostNotifiers } from "./host_notifiers.ts";
+import type { Descriptors } from "../transports/transport.ts";
 import { GuestRam, type RamRegion } from "../driver/guest_ram.ts";
 import { PackedDriver } from "../driver/packed_driver.ts";
 import type {
@@ -75,6 +77,10 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   readonly iommu: Iommu | undefined;
   /** The back-end says that configuration space has changed. */
   onConfigChange: (() => void) | undefined;
+  /** Where it `takesHostNotifiers`: those that the back-end has given. */
+  readonly hostNotifiers: HostNotifiers = new HostNotifiers();
+  /** The back-end has given, or taken away, that of a queue. */
+  onHostNotifier: ((index: number) => void) | undefined;
   #connection: FrontendConnection;
   #inflight: InflightWithFile | null = null;
   readonly #options: VhostUserDeviceOptions & RingFormatOptions;
@@ -119,13 +125,16 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.#queues = new DeviceQueues(
       this,
       this.#acks,
-      (queueSize) =>
-        makeDriver(this.ram, {
+      (index, queueSize) => {
+        const driver = makeDriver(this.ram, {
           queueSize,
           features: this.features,
           usesCalls: options.usesCalls,
           iommu: this.iommu,
-        }),
+        });
+        driver.kickDirectly = () => this.hostNotifiers.kick(index);
+        return driver;
+      },
     );
     try {
       for (let index = 0; index < queueCount; index++) {
@@ -135,7 +144,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       this.#free();
       throw error;
     }
-    connection.onBackendRequest = (message) => this.#backendRequest(message);
+    connection.onBackendRequest = (message, descriptors) =>
+      this.#backendRequest(message, descriptors);
   }
 
   /** Connects and negotiates; starts all queues unless told otherwise. */
@@ -283,8 +293,8 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
       ? FrontendConnection.fromFd(fd)
       : await FrontendConnection.connect(path!);
     this.#sentRegions.clear();
-    this.connection.onBackendRequest = (message) =>
-      this.#backendRequest(message);
+    this.connection.onBackendRequest = (message, descriptors) =>
+      this.#backendRequest(message, descriptors);
     const { features, protocolFeatures } = await negotiate(
       this.connection,
       this.#options,
@@ -483,7 +493,20 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
     this.iommu?.connect(connection, { isGpa });
   }
 
-  #backendRequest(message: BackendMessage): bigint | Promise<bigint> {
+  #backendRequest(
+    message: BackendMessage,
+    descriptors: Descriptors,
+  ): bigint | Promise<bigint> {
+    if (
+      message.id === BackendRequest.BACKEND_VRING_HOST_NOTIFIER_MSG &&
+      this.#options.takesHostNotifiers
+    ) {
+      const { index } = message.payload.vring;
+      if (index >= this.queues.length) return 1n;
+      this.hostNotifiers.take(message.payload, descriptors);
+      this.onHostNotifier?.(index);
+      return 0n;
+    }
     if (
       message.id === BackendRequest.BACKEND_IOTLB_MSG &&
       this.iommu !== undefined
@@ -501,6 +524,7 @@ export class VhostUserDevice<Driver extends QueueDriver = SplitDriver> {
   #free(): void {
     this.#dropInflight();
     this.#queues.close();
+    this.hostNotifiers.close();
     this.#log?.close();
     if (this.#ownsRam) this.ram.close();
   }

@@ -57,7 +57,7 @@ export interface Acks {
 export class DeviceQueues<Driver extends QueueDriver> {
   readonly #device: QueuesDevice;
   readonly #acks: Acks;
-  readonly #makeDriver: (queueSize: number) => Driver;
+  readonly #makeDriver: (index: number, queueSize: number) => Driver;
   readonly #drivers: Driver[] = [];
   readonly #bases: number[] = [];
   readonly #started = new Set<number>();
@@ -67,7 +67,7 @@ export class DeviceQueues<Driver extends QueueDriver> {
   constructor(
     device: QueuesDevice,
     acks: Acks,
-    makeDriver: (queueSize: number) => Driver,
+    makeDriver: (index: number, queueSize: number) => Driver,
   ) {
     this.#device = device;
     this.#acks = acks;
@@ -85,7 +85,7 @@ export class DeviceQueues<Driver extends QueueDriver> {
   }
 
   add(queueSize: number): void {
-    const driver = this.#makeDriver(queueSize);
+    const driver = this.#makeDriver(this.#drivers.length, queueSize);
     this.#drivers.push(driver);
     this.#bases.push(driver.firstBase);
   }
@@ -168,7 +168,7 @@ export class DeviceQueues<Driver extends QueueDriver> {
   async replace(index: number, queueSize?: number): Promise<Driver> {
     if (this.#started.has(index)) await this.stop(index);
     const old = this.#drivers[index];
-    const driver = this.#makeDriver(queueSize ?? old.queueSize);
+    const driver = this.#makeDriver(index, queueSize ?? old.queueSize);
     this.#drivers[index] = driver;
     this.#bases[index] = driver.firstBase;
     old.close();

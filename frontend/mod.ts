@@ -25,6 +25,7 @@ export {
 export * from "../driver/guest_ram.ts";
 export * from "./dirty_log.ts";
 export * from "./iommu.ts";
+export { HostNotifiers } from "./host_notifiers.ts";
 export {
   type AddressMap,
   type ChainOptions,

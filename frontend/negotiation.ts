@@ -34,6 +34,13 @@ const inflightFeatures = featureMask(
   Protocol.GET_VRING_BASE_SKIP_DRAIN,
 );
 
+/** What `takesHostNotifiers` adds to them. */
+const notifierFeatures = featureMask(
+  Protocol.BACKEND_REQ,
+  Protocol.BACKEND_SEND_FD,
+  Protocol.HOST_NOTIFIER,
+);
+
 /** Virtio features of the transport and the ring that it knows. */
 export const supportedFeatures: bigint = featureMask(
   VirtioFeature.RING_INDIRECT_DESC,
@@ -84,6 +91,11 @@ export interface VhostUserDeviceOptions {
    * loses none of them; the device must offer INFLIGHT_SHMFD.
    */
   readonly recovers?: boolean;
+  /**
+   * Takes host notifiers: where the back-end gives one, the queue is kicked by
+   * a register of its device.
+   */
+  readonly takesHostNotifiers?: boolean;
 }
 
 /** Which format the rings have. */
@@ -131,7 +143,8 @@ export async function negotiate(
       (options.packed ? packed : 0n) | (options.iommu ? platform : 0n));
   let protocolFeatures = 0n;
   if (hasFeature(features, VirtioFeature.PROTOCOL_FEATURES)) {
-    const inflight = options.recovers ? inflightFeatures : 0n;
+    const added = (options.recovers ? inflightFeatures : 0n) |
+      (options.takesHostNotifiers ? notifierFeatures : 0n);
     const offered = await connection.getProtocolFeatures();
     if (options.recovers && !hasFeature(offered, Protocol.INFLIGHT_SHMFD)) {
       throw new Vhost2Error(
@@ -140,7 +153,7 @@ export async function negotiate(
       );
     }
     protocolFeatures = offered &
-      ((options.protocolFeatures ?? supportedProtocolFeatures) | inflight);
+      ((options.protocolFeatures ?? supportedProtocolFeatures) | added);
     const ack = options.acksAll === true &&
       hasFeature(protocolFeatures, Protocol.REPLY_ACK);
     await connection.setProtocolFeatures(protocolFeatures, { ack });

@@ -26,6 +26,7 @@ const registers = {
   queueDescriptor: [32, 4],
   queueDriver: [40, 4],
   queueDevice: [48, 4],
+  queueReset: [58, 2],
 } as const satisfies Record<string, readonly [number, RegisterWidth]>;
 
 export type CommonRegister = keyof typeof registers;
@@ -61,6 +62,12 @@ export class CommonConfig {
     const low = Number(address & 0xffff_ffffn);
     this.#device.writeBar(bar, start + offset, 4, low);
     this.#device.writeBar(bar, start + offset + 4, 4, Number(address >> 32n));
+  }
+
+  /** Whether the structure is long enough for the register: not all are. */
+  has(register: CommonRegister): boolean {
+    const [offset, width] = registers[register];
+    return offset + width <= this.#place.length;
   }
 
   /** All 64 feature bits that the device offers. */

@@ -16,11 +16,14 @@ export class DmaMemory {
   readonly #size: number;
   #isOpen = true;
 
-  /** @param size bytes, rounded up to whole pages */
-  constructor(dma: DmaSpace, size: number) {
+  /**
+   * @param size bytes, rounded up to whole pages
+   * @param isLast at the end of the device's addresses, out of a guest's way
+   */
+  constructor(dma: DmaSpace, size: number, isLast = false) {
     this.#dma = dma;
     this.#size = Math.ceil(size / dma.pageSize) * dma.pageSize;
-    this.#iova = dma.reserve(this.#size);
+    this.#iova = dma.reserve(this.#size, isLast);
     try {
       this.ram = new GuestRam([{ size: this.#size, gpa: this.#iova }]);
     } catch (error) {

@@ -28,6 +28,8 @@ export class PciInterrupts {
   readonly #device: PciDevice;
   readonly #vectors: Vector[] = [];
   readonly #polled = new Set<() => void>();
+  /** Eventfds of others by vector. */
+  readonly #routed = new Map<number, number>();
   #timer: ReturnType<typeof setInterval> | undefined;
   readonly #kind: "msix" | "pin" | "none";
 
@@ -76,6 +78,19 @@ export class PciInterrupts {
     const { handlers } = this.#vectors[this.#kind === "pin" ? 0 : vector];
     handlers.add(handler);
     return () => handlers.delete(handler);
+  }
+
+  /**
+   * Has a vector signal somebody else's eventfd, without a way through this
+   * process, or by null its own again. What is pending is not lost: it is
+   * signalled by the one or the other.
+   */
+  route(vector: number, fd: number | null): void {
+    if (fd === null) this.#routed.delete(vector);
+    else this.#routed.set(vector, fd);
+    this.#device.setVectors(
+      this.#vectors.map((own, index) => this.#routed.get(index) ?? own.fd),
+    );
   }
 
   /** The vector's eventfd, for who waits by himself. */

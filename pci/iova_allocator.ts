@@ -34,10 +34,16 @@ export class IovaAllocator {
     }
   }
 
-  /** The start of `size` free bytes. Throws MEMORY when there are none. */
-  reserve(size: number): bigint {
-    for (const { start, free } of this.#ranges) {
-      const offset = free.allocate(size, this.#pageSize);
+  /**
+   * The start of `size` free bytes; the last ones where they must not be in the
+   * way of `claim`. Throws MEMORY when there are none.
+   */
+  reserve(size: number, isLast = false): bigint {
+    const ranges = isLast ? [...this.#ranges].reverse() : this.#ranges;
+    for (const { start, free } of ranges) {
+      const offset = isLast
+        ? free.allocateLast(size, this.#pageSize)
+        : free.allocate(size, this.#pageSize);
       if (offset !== null) return start + BigInt(offset);
     }
     throw new Vhost2Error(
@@ -51,5 +57,26 @@ export class IovaAllocator {
       iova >= start && iova < start + BigInt(size)
     );
     range?.free.free(Number(iova - range.start), size);
+  }
+
+  /**
+   * Keeps addresses that somebody else has chosen from being handed out, where
+   * they could be; null when some of them have been. Returns the undo.
+   */
+  claim(iova: bigint, size: number): (() => void) | null {
+    const undos: (() => void)[] = [];
+    const undo = () => undos.splice(0).forEach((one) => one());
+    for (const { start, size: length, free } of this.#ranges) {
+      const first = Number(iova > start ? iova - start : 0n);
+      const end = iova + BigInt(size) - start;
+      const last = end > BigInt(length) ? length : Number(end);
+      if (last <= first) continue;
+      if (!free.take(first, last - first)) {
+        undo();
+        return null;
+      }
+      undos.push(() => free.free(first, last - first));
+    }
+    return undo;
   }
 }

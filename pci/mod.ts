@@ -14,12 +14,14 @@ export {
 } from "./binding_to_vfio.ts";
 
 // A virtio device.
+export { VirtioPciDevice, type VirtioPciOptions } from "./virtio_pci_device.ts";
 export {
+  type BarPlace,
   type Condition,
+  type QueueAddresses,
   VIRTIO_VENDOR,
-  VirtioPciDevice,
-  type VirtioPciOptions,
-} from "./virtio_pci_device.ts";
+  VirtioRegisters,
+} from "./virtio_registers.ts";
 export { NO_VECTOR, PciInterrupts } from "./interrupts.ts";
 export {
   CapabilityType,

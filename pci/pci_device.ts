@@ -25,8 +25,11 @@ export interface MappedBar {
 export interface DmaSpace {
   /** Bytes: what addresses and sizes are multiples of. */
   readonly pageSize: number;
-  /** A free range. Throws MEMORY when there is none. */
-  reserve(size: number): bigint;
+  /**
+   * A free range; the last one where it must not be in the way of `claim`.
+   * Throws MEMORY when there is none.
+   */
+  reserve(size: number, isLast?: boolean): bigint;
   /** Gives back what `reserve` answered. */
   release(iova: bigint, size: number): void;
   /**
@@ -35,6 +38,19 @@ export interface DmaSpace {
    */
   map(iova: bigint, address: bigint, size: number): void;
   unmap(iova: bigint, size: number): void;
+  /**
+   * Keeps a range that a guest has chosen from being reserved. Returns the
+   * undo; null when some of it is reserved.
+   */
+  claim(iova: bigint, size: number): (() => void) | null;
+}
+
+/** A part of a BAR as another process can map it. */
+export interface BarFile {
+  /** The device's file, which stays the device's. */
+  readonly fd: number;
+  /** Bytes from the start of the file. */
+  readonly offset: number;
 }
 
 /** One PCI function. */
@@ -63,7 +79,9 @@ export interface PciDevice {
   ): void;
   /** Maps whole pages of a BAR. Throws SYSTEM where that is not allowed. */
   mapBar(bar: number, offset: number, size: number): MappedBar;
-  /** MSI-X: an eventfd for each vector from 0 on; none turns it off. */
+  /** Whole pages of a BAR for another process; null where it cannot map them. */
+  barFile(bar: number, offset: number, size: number): BarFile | null;
+  /** MSI-X: an eventfd for each vector from 0 on; none at all turns it off. */
   setVectors(fds: readonly number[]): void;
   /** The pin's eventfd, or null to turn it off. Masked when signalled. */
   setPin(fd: number | null): void;

@@ -10,6 +10,7 @@ import { check, Errno, Vhost2Error } from "../ffi/errors.ts";
 import { eventLoop, type Watch } from "../ffi/event_loop.ts";
 import { IovaAllocator, type IovaRange } from "./iova_allocator.ts";
 import {
+  type BarFile,
   Command,
   ConfigRegister,
   type DmaSpace,
@@ -105,8 +106,12 @@ class VfioDma implements DmaSpace {
     this.pageSize = group.pageSize;
   }
 
-  reserve(size: number): bigint {
-    return this.#group.iovas.reserve(size);
+  reserve(size: number, isLast = false): bigint {
+    return this.#group.iovas.reserve(size, isLast);
+  }
+
+  claim(iova: bigint, size: number): (() => void) | null {
+    return this.#group.iovas.claim(iova, size);
   }
 
   release(iova: bigint, size: number): void {
@@ -283,6 +288,12 @@ export class VfioDevice implements PciDevice {
         isOpen = false;
       },
     };
+  }
+
+  barFile(bar: number, offset: number, size: number): BarFile | null {
+    const out = new BigUint64Array(1);
+    const fd = core.vfioBarFile(this.#handle, bar, offset, size, out);
+    return fd < 0 ? null : { fd, offset: Number(out[0]) };
   }
 
   setVectors(fds: readonly number[]): void {

@@ -121,6 +121,13 @@ export class Session {
     this.sharedMemory = new SharedMemory(options.sharedMemory, this.requests);
     this.device = new Device(this);
     this.sequencer = new Sequencer(options.owner, connection.name);
+    connection.dataPath?.attach({
+      name: connection.name,
+      memory: this.memory,
+      report: (error) => this.report(error),
+      configChanged: () => this.configChanged(),
+      close: () => this.close(),
+    });
     // An op may be waiting for something that only the front-end could end.
     connection.onHangup = () => this.#end.abort();
     this.memory.onFault = () => {
@@ -302,6 +309,7 @@ export class Session {
     for (const vring of this.vrings) vring.close();
     this.postcopy.end(true);
     this.inflight.forget();
+    this.connection.dataPath?.detach();
     this.memory.close();
   }
 

@@ -15,12 +15,14 @@ import {
 } from "../protocol/features.ts";
 import {
   type Connection,
+  type DataPath,
   openTransport,
   targetName,
   type Transport,
   type TransportOptions,
 } from "../transports/mod.ts";
 import { declarableProtocolFeatures } from "./class_messages.ts";
+import { throughDataPath } from "./data_path.ts";
 import type { Device } from "./device.ts";
 import { openUserfault } from "./postcopy.ts";
 import {
@@ -31,6 +33,7 @@ import {
 import { isInsideOp } from "./sequencer.ts";
 import { Session } from "./session.ts";
 import { refusalOfSizes } from "./shared_memory.ts";
+import type { TargetOps } from "./target_ops.ts";
 import { WorkerPool } from "./workers/pool.ts";
 
 /** SET_VRING_KICK has 8 bits for the index. */
@@ -129,12 +132,53 @@ export interface DeviceOptions {
   readonly trace?: (line: string) => void;
 }
 
-/** Options of `registerTarget`. */
-export type TargetOptions = TransportOptions & DeviceOptions;
+/**
+ * The same for a device that is there already: all of it is offered, of
+ * `features` and `queueCount` no more than is said, and nobody need look on.
+ */
+export interface PassedOnOptions extends
+  Pick<
+    DeviceOptions,
+    | "features"
+    | "protocolFeatures"
+    | "deviceType"
+    | "queueCount"
+    | "onError"
+    | "trace"
+  > {
+  /** Its ops observe, and change what passes by; the device does the work. */
+  readonly device?: DeviceFactory | DeviceModule;
+}
 
-/** Whether what the device writes into the guest can be logged. */
-function isLogged({ protocolFeatures = 0n }: TargetOptions): boolean {
-  return hasFeature(protocolFeatures, ProtocolFeature.LOG_SHMFD);
+type PassedOn = Extract<TransportOptions, { readonly transport: "PCI-vDPA" }>;
+
+/** Options of `registerTarget`. */
+export type TargetOptions =
+  | (Exclude<TransportOptions, PassedOn> & DeviceOptions)
+  | (PassedOn & PassedOnOptions);
+
+type CompleteOptions = TransportOptions & DeviceOptions;
+
+/** Refuses what has no sense for a device that is there already. */
+function complete(options: TargetOptions): CompleteOptions {
+  if (options.transport !== "PCI-vDPA") return options;
+  const all: PassedOn & Partial<DeviceOptions> = options;
+  for (
+    const name of [
+      "workers",
+      "pollMicroseconds",
+      "runsDisabledRings",
+      "postcopy",
+      "sharedMemory",
+    ] as const
+  ) {
+    if (!all[name]) continue;
+    throw new Vhost2Error(
+      "OPTION",
+      `Cannot use ${name} with PCI-vDPA: the device itself has the queues and the memory`,
+    );
+  }
+  return { ...all, device: all.device ?? (() => ({})) };
 }
 
 /** Errors reported of one front-end: it must not fill the user's log. */
@@ -146,9 +190,8 @@ const registered = new Map<string, Target>();
 export class Target {
   /** "transport:address". */
   readonly name: string;
-  readonly #options: TargetOptions;
+  readonly #options: CompleteOptions;
   readonly #sessions = new Map<Session, Promise<void>>();
-  readonly #features: bigint;
   readonly #reports = new WeakMap<Device, number>();
   #factory: DeviceFactory | undefined;
   #pool: WorkerPool | undefined;
@@ -164,13 +207,10 @@ export class Target {
   #setClosed: () => void = () => {};
 
   /** Use `registerTarget`. */
-  constructor(options: TargetOptions, name: string) {
+  constructor(options: CompleteOptions, name: string) {
     this.name = name;
     this.#options = options;
     this.closed = new Promise((resolve) => this.#setClosed = resolve);
-    this.#features = (options.features ?? 0n) |
-      featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES) |
-      (isLogged(options) ? featureMask(VirtioFeature.LOG_ALL) : 0n);
   }
 
   /** The devices of the front-ends that are connected now. */
@@ -240,17 +280,21 @@ export class Target {
 
   #serve(connection: Connection): Promise<void> {
     let session: Session;
+    const { dataPath } = connection;
+    const own = this.#options;
+    const declared = own.protocolFeatures ?? dataPath?.protocolFeatures ?? 0n;
     try {
       session = new Session(connection, {
         owner: this,
-        features: this.#features & connection.features,
-        protocolFeatures: this.#options.protocolFeatures ?? 0n,
+        features: connection.features &
+          offered(own.features ?? dataPath?.features ?? 0n, declared),
+        protocolFeatures: declared,
         deviceType: this.#options.deviceType,
         sharedMemory: this.#options.sharedMemory ?? [],
         postcopy: this.#options.postcopy ?? false,
-        queueCount: this.#options.queueCount ?? 1,
+        queueCount: queueCountOf(own, dataPath),
         runsDisabledRings: this.#options.runsDisabledRings ?? false,
-        device: (device) => this.#makeDevice(device),
+        device: (device) => this.#makeDevice(device, dataPath),
         sharedBytes: sharedBytesOf(this.#options.device),
         isServedElsewhere: this.#pool !== undefined,
         pollMicroseconds: this.#options.pollMicroseconds,
@@ -274,8 +318,9 @@ export class Target {
     return ended;
   }
 
-  #makeDevice(device: Device) {
+  #makeDevice(device: Device, dataPath: DataPath | undefined): TargetOps {
     const ops = this.#factory!(device);
+    if (dataPath !== undefined) return throughDataPath(ops, dataPath);
     return this.#pool?.relay(device, ops) ?? ops;
   }
 
@@ -321,11 +366,27 @@ export class Target {
   }
 }
 
+function queueCountOf(
+  { queueCount }: CompleteOptions,
+  dataPath: DataPath | undefined,
+): number {
+  if (dataPath === undefined) return queueCount ?? 1;
+  return Math.min(queueCount ?? maxQueueCount, dataPath.queueCount);
+}
+
+/** What the library appends to the features of a device. */
+function offered(features: bigint, protocolFeatures: bigint): bigint {
+  const isLogged = hasFeature(protocolFeatures, ProtocolFeature.LOG_SHMFD);
+  return features |
+    featureMask(VirtioFeature.VERSION_1, VirtioFeature.PROTOCOL_FEATURES) |
+    (isLogged ? featureMask(VirtioFeature.LOG_ALL) : 0n);
+}
+
 function sharedBytesOf(device: DeviceFactory | DeviceModule): number {
   return typeof device === "function" ? 0 : device.sharedBytes ?? 0;
 }
 
-function checkWorkers(options: TargetOptions): void {
+function checkWorkers(options: CompleteOptions): void {
   const { device, workers = 0, pollMicroseconds = 0 } = options;
   const limits = [
     ["workers", workers, maxWorkers],
@@ -351,7 +412,7 @@ function checkWorkers(options: TargetOptions): void {
  * Registers a target: from here on front-ends can connect, and a device is
  * made for each.
  *
- * @param options the transport's options and the device's
+ * @param given the transport's options and the device's
  * @returns the target, listening (or connecting) when the promise resolves
  * @throws Vhost2Error OPTION for unusable options, IN_USE for an address in
  * use, SYSTEM when the transport cannot be opened
@@ -367,7 +428,8 @@ function checkWorkers(options: TargetOptions): void {
  * if (target.devices.length !== 0) throw new Error("nobody has connected");
  * ```
  */
-export async function registerTarget(options: TargetOptions): Promise<Target> {
+export async function registerTarget(given: TargetOptions): Promise<Target> {
+  const options = complete(given);
   const { queueCount = 1, features = 0n } = options;
   if (
     !Number.isInteger(queueCount) || queueCount < 1 ||

@@ -129,11 +129,15 @@ export interface TargetOps {
   /**
    * All of configuration space, at most 256 bytes. Synchronous. Offering the
    * CONFIG protocol feature needs this op.
+   *
+   * @param own with PCI-vDPA, what the device itself says, to be passed on or
+   * changed
    */
-  getConfig?(device: Device): Uint8Array;
+  getConfig?(device: Device, own?: Uint8Array): Uint8Array;
   /**
    * The driver wrote `data` at `offset`, or a migration restores it.
-   * Synchronous; throwing refuses the write.
+   * Synchronous; throwing refuses the write. With PCI-vDPA the device has it
+   * afterwards.
    */
   setConfig?(
     device: Device,

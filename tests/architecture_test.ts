@@ -15,7 +15,7 @@ const allowed: Record<string, readonly string[]> = {
   virtqueue: ["ffi"],
   driver: ["protocol", "ffi"],
   pci: ["driver", "protocol", "ffi"],
-  transports: ["pci", "driver", "protocol", "ffi"],
+  transports: ["pci", "driver", "virtqueue", "protocol", "ffi"],
   session: ["transports", "protocol", "ffi"],
   devices: ["virtqueue", "protocol", "ffi", "session"],
   frontend: ["driver", "pci", "protocol", "ffi", "transports"],

@@ -7,6 +7,7 @@
 
 import { Vhost2Error } from "../ffi/errors.ts";
 import type { Transport, TransportHost } from "./transport.ts";
+import * as pciVdpa from "./pci_vdpa/mod.ts";
 import * as pciVhostUser from "./pci_vhost_user/mod.ts";
 import * as vduse from "./vduse/mod.ts";
 import * as vhostUser from "./vhost_user/mod.ts";
@@ -15,11 +16,13 @@ export * from "./transport.ts";
 export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
 export type { PciVhostUserOptions, ProfileName } from "./pci_vhost_user/mod.ts";
 export type * from "./vduse/mod.ts";
+export type { PciVdpaOptions } from "./pci_vdpa/mod.ts";
 
 /** Options of any transport, told apart by `transport`. */
 export type TransportOptions =
   | vhostUser.VhostUserOptions
   | pciVhostUser.PciVhostUserOptions
+  | pciVdpa.PciVdpaOptions
   | vduse.VduseOptions;
 
 /** `vhost-user`, and so on. */
@@ -38,6 +41,7 @@ interface TransportModule {
 const transports = {
   "vhost-user": vhostUser,
   "PCI-vhost-user": pciVhostUser,
+  "PCI-vDPA": pciVdpa,
   VDUSE: vduse,
 } as const satisfies Record<TransportName, unknown>;
 

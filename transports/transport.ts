@@ -8,7 +8,8 @@
 
 import { core } from "../ffi/core.ts";
 import type { Vhost2Error } from "../ffi/errors.ts";
-import type { RegionDescription } from "../ffi/guest_memory.ts";
+import type { GuestMemory, RegionDescription } from "../ffi/guest_memory.ts";
+import type { StartedQueue } from "../virtqueue/started_queue.ts";
 
 /** The descriptors that came with a message; whoever takes one closes it. */
 export class Descriptors {
@@ -98,6 +99,65 @@ export interface BackendChannel {
   close(): void;
 }
 
+/** A started queue as a data path has it; the session's `Queue` is one. */
+export interface DataPathQueue extends StartedQueue {
+  readonly availableRing: Uint8Array;
+  readonly usedRing: Uint8Array;
+  /** How driver and device notify each other. */
+  readonly wires: {
+    /** The call's eventfd; "session": by `call()`; null: the driver polls. */
+    readonly call: () => number | "session" | null;
+  };
+  /** Called when the call has changed. */
+  onChanged: (() => void) | undefined;
+  /** As `Queue.setHostNotifier`. */
+  setHostNotifier(
+    area: { fd: number; offset: number; size: number } | null,
+  ): Promise<void>;
+}
+
+/** What a data path is told of its session. */
+export interface DataPathHost {
+  /** For messages to people. */
+  readonly name: string;
+  readonly memory: GuestMemory;
+  report(error: Vhost2Error): void;
+  /** Tells the front-end that configuration space has changed. */
+  configChanged(): void;
+  /** Ends the session: the device has gone. */
+  close(): void;
+}
+
+/**
+ * Where the device of a session is a real one: it is given the guest's memory
+ * and queues, and the user's ops look on. All but `kick`, `readConfig`,
+ * `writeConfig` and `detach` are called as ops are, one at a time.
+ */
+export interface DataPath {
+  /** Virtio features that the device offers, unless the user says which. */
+  readonly features: bigint;
+  /** The same of protocol features to declare. */
+  readonly protocolFeatures: bigint;
+  /** Queues that the device has. */
+  readonly queueCount: number;
+  /** Bytes of its configuration space; 0 where it has none. */
+  readonly configSize: number;
+  /** Before anything else. */
+  attach(host: DataPathHost): void;
+  featuresChanged(features: bigint): Promise<void>;
+  startQueue(queue: DataPathQueue): Promise<void>;
+  /** The device does nothing with the queue when it resolves. */
+  stopQueue(queue: DataPathQueue): Promise<void>;
+  kick(queue: DataPathQueue): void;
+  /** All of configuration space. */
+  readConfig(): Uint8Array;
+  writeConfig(offset: number, data: Uint8Array): void;
+  /** All queues are stopped, and none starts again. */
+  end(): Promise<void>;
+  /** The device reaches nothing of the session's any more, at once. */
+  detach(): void;
+}
+
 /** One established channel to one front-end. */
 export interface Connection {
   /** For people, such as `vhost-user:/tmp/disk.sock`. */
@@ -155,6 +215,8 @@ export interface Connection {
    * be messages of its left.
    */
   onHangup: (() => void) | undefined;
+  /** Where the device is a real one, which processes the queues. */
+  readonly dataPath?: DataPath;
   /** Ends the channel; a pending `receive` answers null. */
   close(): void;
 }

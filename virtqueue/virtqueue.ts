@@ -161,6 +161,11 @@ export class Virtqueue implements Turn {
     return this.#inFlight;
   }
 
+  /** Where the queue would go on behind what has been popped. */
+  get position(): number {
+    return lastAvailable(this.#ring) ?? this.queue.availableIndex;
+  }
+
   /** Aborted when a stopping queue waits no longer for its open requests. */
   get signal(): AbortSignal {
     return this.#end.signal;

@@ -130,3 +130,21 @@ test "a file is put over a part of a window, and taken away again" {
     try testing.expectEqual(wrong, memory.mapOver(window, 0x2000, fd, 0x2000));
     try testing.expectEqual(wrong, memory.mapOver(@intFromPtr(&window), 0x1000, -1, 0));
 }
+
+test "pages of a device's file are mapped whole, and ended" {
+    const fd = helpers.memfd(0x3000);
+    defer sys.closeQuietly(fd);
+    var address: u64 = 0;
+    try testing.expectEqual(0, memory.mapPages(fd, 0x1000, 0x2000, &address));
+    const five = [1]u8{5};
+    _ = linux.pwrite(fd, &five, 1, 0x2000);
+    const bytes: [*]volatile u8 = @ptrFromInt(address);
+    try testing.expectEqual(5, bytes[0x1000]);
+    try testing.expectEqual(0, memory.unmap(address, 0x2000));
+    try testing.expect(!isMapped(address));
+    const wrong = sys.fail(.INVAL);
+    try testing.expectEqual(wrong, memory.mapPages(fd, 0x800, 0x1000, &address));
+    try testing.expectEqual(wrong, memory.mapPages(fd, 0, 0x1001, &address));
+    try testing.expectEqual(wrong, memory.mapPages(fd, 0, 0, &address));
+    try testing.expectEqual(sys.fail(.BADF), memory.mapPages(-1, 0, 0x1000, &address));
+}

@@ -254,3 +254,20 @@ test "a region in huge pages is mapped at their granularity, and survives their 
     }
     try testing.expectEqual(before, resources());
 }
+
+test "DMA may reach a region while it is in its table, and only what it holds" {
+    const fd = memfd(0x4000);
+    defer sys.closeQuietly(fd);
+    var fixture: Fixture = .init();
+    defer fixture.deinit();
+    try fixture.set(&.{request(fd, 0, 0x2000, 0x1000)});
+    const address = @intFromPtr(fixture.at(0, 0x2000).?);
+    try testing.expect(mapping.isReachable(address, 0x2000));
+    try testing.expect(mapping.isReachable(address + 0x1000, 0x1000));
+    // The file's first page is mapped too, and not the guest's.
+    try testing.expect(!mapping.isReachable(address, 0x3000));
+    try testing.expect(!mapping.isReachable(address - 0x1000, 0x1000));
+    try testing.expect(!mapping.isReachable(@intFromPtr(&fixture) & ~@as(u64, 0xfff), 0x1000));
+    try fixture.set(&.{});
+    try testing.expect(!mapping.isReachable(address, 0x2000));
+}

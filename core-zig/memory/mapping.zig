@@ -358,9 +358,19 @@ fn findPlain(address: u64, size: u64, is_held: bool) ?*Mapping {
     return null;
 }
 
-/// Whether a plain mapping of ours has all of the range.
-pub fn isPlain(address: u64, size: u64) bool {
-    return findPlain(address, size, false) != null;
+/// Whether a device may reach all of the range by DMA: a plain mapping of ours
+/// has it, or a region of guest memory that is in its table.
+pub fn isReachable(address: u64, size: u64) bool {
+    lock.lock();
+    defer lock.unlock();
+    for (0..used.load(.monotonic)) |index| {
+        const slot = at(@intCast(index));
+        if (slot.phase != .plain and slot.phase != .published) continue;
+        if (address < slot.address) continue;
+        const offset = address - slot.address;
+        if (offset <= slot.size and size <= slot.size - offset) return true;
+    }
+    return false;
 }
 
 /// One borrower less; the last one ends what the owner has given up.

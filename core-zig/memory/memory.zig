@@ -507,6 +507,18 @@ pub fn mapAnonymous(size: f64, address_out: *u64) callconv(.c) i32 {
     return plain(mapped, code, address_out);
 }
 
+/// Whole pages of a device's file (registers), which another process has handed
+/// out: for the front-end's side. End it by `unmap`.
+pub fn mapPages(fd: i32, file_offset: f64, size: f64, address_out: *u64) callconv(.c) i32 {
+    const length = bytes(size) orelse return sys.fail(.INVAL);
+    const offset = bytes(file_offset) orelse return sys.fail(.INVAL);
+    const page = mapping.systemPage();
+    if (length == 0 or (length | offset) % page != 0) return sys.fail(.INVAL);
+    var code: i32 = 0;
+    const mapped = mapping.mapDevice(fd, offset, length, &code);
+    return plain(mapped, code, address_out);
+}
+
 /// The start of a file, for the front-end's side and for small shared areas.
 /// When the file shrinks it reads as zeros, like guest memory.
 pub fn mapShared(fd: i32, size: f64, address_out: *u64) callconv(.c) i32 {

@@ -141,6 +141,21 @@ pub fn Device(comptime Kernel: type) type {
             code.* = sys.fail(.INVAL);
             if (!self.enter()) return null;
             defer self.leave();
+            const position = self.mappablePart(index, offset, size) orelse return null;
+            return Kernel.map(self.fd, position, size, code);
+        }
+
+        /// The same for whoever maps it in another process: the descriptor.
+        pub fn barFile(self: *Self, index: u32, offset: u64, size: u64, position_out: *u64) i32 {
+            if (!self.enter()) return sys.fail(.BADF);
+            defer self.leave();
+            position_out.* = self.mappablePart(index, offset, size) orelse return sys.fail(.INVAL);
+            return self.fd;
+        }
+
+        /// Where in the device's file whole pages of a BAR are that may be
+        /// mapped in one piece; null for any other part.
+        fn mappablePart(self: *const Self, index: u32, offset: u64, size: u64) ?u64 {
             if (index >= abi.bar_count) return null;
             const page = mapping.systemPage();
             if (size == 0 or (offset | size) % page != 0) return null;
@@ -148,7 +163,7 @@ pub fn Device(comptime Kernel: type) type {
             for (region.pieces.slice()) |piece| {
                 if (offset < piece.offset or offset - piece.offset > piece.size) continue;
                 if (size > piece.size - (offset - piece.offset)) continue;
-                return Kernel.map(self.fd, region.offset + offset, size, code);
+                return region.offset + offset;
             }
             return null;
         }

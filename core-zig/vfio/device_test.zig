@@ -166,7 +166,20 @@ test "a part of a BAR is memory only where it may be mapped" {
     }) |part| {
         try testing.expectEqual(null, opened.device.mapMemory(part.bar, part.offset, part.size, &code));
         try testing.expectEqual(sys.fail(.INVAL), code);
+        var position: u64 = 0;
+        try testing.expectEqual(sys.fail(.INVAL), opened.device.barFile(part.bar, part.offset, part.size, &position));
     }
+}
+
+test "another process may map what this one may" {
+    Fake.start();
+    var opened: Opened = .{};
+    try testing.expectEqual(0, opened.open());
+    var position: u64 = 0;
+    try testing.expectEqual(fake.device, opened.device.barFile(2, 0x1000, 0x1000, &position));
+    try testing.expectEqual((2 << 40) + 0x1000, position);
+    opened.close();
+    try testing.expectEqual(sys.fail(.BADF), opened.device.barFile(2, 0x1000, 0x1000, &position));
 }
 
 test "vectors get eventfds, and no more than there are" {

@@ -57,13 +57,13 @@ pub fn groupClose(handle: u32) callconv(.c) i32 {
 }
 
 /// Lets the group's devices reach memory of the core's (`map_shared`,
-/// `map_anonymous`) by `iova`. -EADDRNOTAVAIL outside the IOMMU's ranges,
+/// `map_anonymous`, a region of guest memory) by `iova`. -EADDRNOTAVAIL outside the IOMMU's ranges,
 /// -EINVAL for memory that is not the core's or not in whole pages, -ENOMEM
 /// when the limit of locked memory is reached.
 pub fn dmaMap(handle: u32, address: u64, size: f64, iova: u64) callconv(.c) i32 {
     const self = groups.get(handle) orelse return sys.fail(.BADF);
     const length = sizeOf(size) orelse return sys.fail(.INVAL);
-    if (length == 0 or !mapping.isPlain(address, length)) return sys.fail(.INVAL);
+    if (length == 0 or !mapping.isReachable(address, length)) return sys.fail(.INVAL);
     return self.map(address, length, iova);
 }
 
@@ -154,6 +154,16 @@ pub fn mapMemory(handle: u32, bar: u32, offset: f64, size: f64, address_out: *u6
     address_out.* = slot.address;
     mapping.setPlain(slot);
     return 0;
+}
+
+/// The device's file, for another process that is to map a part of a BAR; where
+/// in the file that is goes to `offset_out`. It stays the device's. -EINVAL
+/// where the part could not be mapped here either.
+pub fn barFile(handle: u32, bar: u32, offset: f64, size: f64, offset_out: *u64) callconv(.c) i32 {
+    const self = devices.get(handle) orelse return sys.fail(.BADF);
+    const start = sizeOf(offset) orelse return sys.fail(.INVAL);
+    const length = sizeOf(size) orelse return sys.fail(.INVAL);
+    return self.device.barFile(bar, start, length, offset_out);
 }
 
 /// The register of `width` 1, 2 or 4 bytes at an offset that is a multiple of

@@ -14,6 +14,7 @@ import {
 import type { GuestMemory } from "../../ffi/guest_memory.ts";
 import { findHeld, Held } from "../../ffi/held.ts";
 import type { Device } from "../device.ts";
+import { overlay } from "../overlay.ts";
 import type { Queue } from "../queue.ts";
 import type { TargetOps } from "../target_ops.ts";
 import type { Answer, DeviceMessage, FromWorker } from "./messages.ts";
@@ -66,14 +67,7 @@ export class DeviceRelay {
         this.#endIfDone();
       },
     };
-    // All other ops, whatever there are, with the device's own `this`.
-    this.ops = new Proxy(ops, {
-      get(target, name) {
-        if (name in relayed) return Reflect.get(relayed, name);
-        const value = Reflect.get(target, name);
-        return typeof value === "function" ? value.bind(target) : value;
-      },
-    });
+    this.ops = overlay(ops, relayed);
   }
 
   async #ask(thread: WorkerThread, question: Question): Promise<Answer> {

@@ -18,7 +18,7 @@ import {
 import { FrontendConnection } from "../../frontend/connection.ts";
 import { GuestRam } from "../../driver/guest_ram.ts";
 import { SplitDriver } from "../../driver/split_driver.ts";
-import { registerTarget, type Target, type TargetOptions } from "../../mod.ts";
+import { type DeviceOptions, registerTarget, type Target } from "../../mod.ts";
 import { gpa, ringAddress } from "../../protocol/address.ts";
 
 export const sectorSize = 512;
@@ -321,7 +321,7 @@ export class ServedDisk {
   static async start(
     options: BlkOptions,
     guestOptions: GuestOptions = {},
-    targetOptions: Pick<TargetOptions, "workers" | "pollMicroseconds"> = {},
+    targetOptions: Pick<DeviceOptions, "workers" | "pollMicroseconds"> = {},
   ): Promise<ServedDisk> {
     const folder = new TemporaryFolder();
     const address = folder.file("disk.sock");

@@ -5,12 +5,12 @@
  */
 
 import {
+  type DeviceOptions,
   type Net,
   netDevice,
   type NetOptions,
   registerTarget,
   type Target,
-  type TargetOptions,
 } from "../../mod.ts";
 import { NetClient, type NetClientOptions } from "../../frontend/mod.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
@@ -39,7 +39,7 @@ export function swapped(frame: Uint8Array): Uint8Array<ArrayBuffer> {
 }
 
 /** How a device is served; on the event loop unless given. */
-export type NetServing = Pick<TargetOptions, "workers" | "pollMicroseconds">;
+export type NetServing = Pick<DeviceOptions, "workers" | "pollMicroseconds">;
 
 /** A device, its target, and how cards get there. */
 export class ServedNet {

@@ -67,6 +67,8 @@ export interface GuestOptions {
   isolated?: string[];
   /** Back-ends of those devices, as `-drive` takes them. */
   drives?: string[];
+  /** The same of network cards, as `-netdev` takes them. */
+  netdevs?: string[];
   /** What the guest has beside busybox and the disk verifier. */
   extras?: GuestExtras;
   /** Its kernel; that of the release unless given. */
@@ -189,6 +191,7 @@ async function start(folder: string, options: GuestOptions): Promise<Guest> {
     args.push("-append", [COMMAND_LINE, ...iommuArguments(iommu)].join(" "));
   }
   for (const drive of options.drives ?? []) args.push("-drive", drive);
+  for (const netdev of options.netdevs ?? []) args.push("-netdev", netdev);
   for (const device of options.isolated ?? []) args.push("-device", device);
   if (options.incoming) args.push("-incoming", "defer");
   for (const disk of disks) {

@@ -7,10 +7,12 @@
  */
 
 import assert from "node:assert/strict";
+import { readdirSync, readFileSync, statSync } from "node:fs";
 import { core } from "../../ffi/core.ts";
-import { GuestMemory } from "../../ffi/guest_memory.ts";
+import { GuestMemory, type RegionDescription } from "../../ffi/guest_memory.ts";
 import { IovaAllocator } from "../../pci/iova_allocator.ts";
 import {
+  type BarFile,
   type DmaSpace,
   goneValue,
   type MappedBar,
@@ -25,13 +27,15 @@ export interface ModelBar {
   write(offset: number, width: RegisterWidth, value: number): void;
   /** Address of the memory behind it, where it is memory. */
   readonly address?: bigint;
+  /** The file behind it, where another process may map it. */
+  readonly fd?: number;
 }
 
 /** The memory that the driver lets the device reach. */
 export class ModelDma implements DmaSpace {
   readonly pageSize = 4096;
   /** As the device sees it: gpa is the I/O address. */
-  readonly memory = new GuestMemory();
+  #memory = new GuestMemory();
   readonly #iovas = new IovaAllocator(
     // The hole is where interrupt messages go.
     [{ start: 0n, last: 0xfedf_ffffn }, {
@@ -40,17 +44,24 @@ export class ModelDma implements DmaSpace {
     }],
     this.pageSize,
   );
-  readonly #mapped = new Map<bigint, { address: bigint; size: number }>();
+  /** Sizes by I/O address. */
+  readonly #mapped = new Map<bigint, number>();
   /** What the system answers to the next mapping, for tests of failure. */
   failure: Error | undefined;
+  /** The same for one mapping each; undefined lets one be made. */
+  readonly failures: (Error | undefined)[] = [];
 
   /** Mappings that the driver has made and not undone. */
   get count(): number {
     return this.#mapped.size;
   }
 
-  reserve(size: number): bigint {
-    return this.#iovas.reserve(size);
+  reserve(size: number, isLast = false): bigint {
+    return this.#iovas.reserve(size, isLast);
+  }
+
+  claim(iova: bigint, size: number): (() => void) | null {
+    return this.#iovas.claim(iova, size);
   }
 
   release(iova: bigint, size: number): void {
@@ -58,34 +69,84 @@ export class ModelDma implements DmaSpace {
   }
 
   map(iova: bigint, address: bigint, size: number): void {
-    if (this.failure !== undefined) throw this.failure;
-    this.#mapped.set(iova, { address, size });
-    this.#publish();
+    const failure = this.failure ?? this.failures.shift();
+    if (failure !== undefined) throw failure;
+    assert.ok(!this.#mapped.has(iova), "mapped twice");
+    // Of a file that became shorter a real device has the pages all the same;
+    // here it reaches nothing any more until all of that is gone.
+    if (this.#mapped.size === 0 && this.#memory.state !== "ok") {
+      this.#memory.close();
+      this.#memory = new GuestMemory();
+    }
+    try {
+      this.#add(iova, size, 0n, { address });
+    } catch {
+      // Guest memory cannot be lent: the model maps its file a second time.
+      const { fd, offset } = fileBehind(address);
+      this.#add(iova, size, offset, { fd });
+    }
+    this.#mapped.set(iova, size);
+  }
+
+  #add(
+    iova: bigint,
+    size: number,
+    mmapOffset: bigint,
+    source: RegionDescription["source"],
+  ): void {
+    this.#memory.prepare("add", [
+      { gpa: iova, uva: iova, size: BigInt(size), mmapOffset, source },
+    ]);
+    this.#memory.commit();
+  }
+
+  /** Where something is mapped, in order. */
+  get ranges(): { iova: bigint; size: number }[] {
+    return [...this.#mapped].map(([iova, size]) => ({ iova, size }))
+      .sort((a, b) => Number(a.iova - b.iova));
+  }
+
+  get memory(): GuestMemory {
+    return this.#memory;
   }
 
   unmap(iova: bigint, size: number): void {
-    if (this.#mapped.get(iova)?.size !== size) return;
+    if (this.#mapped.get(iova) !== size) return;
     this.#mapped.delete(iova);
-    this.#publish();
-  }
-
-  #publish(): void {
-    this.memory.prepare(
-      "replace",
-      [...this.#mapped].map(([iova, { address, size }]) => ({
-        gpa: iova,
-        uva: iova,
-        size: BigInt(size),
-        mmapOffset: 0n,
-        source: { address },
-      })),
-    );
-    this.memory.commit();
+    this.#memory.prepare("remove", [{
+      gpa: iova,
+      uva: iova,
+      size: BigInt(size),
+      mmapOffset: 0n,
+      source: { fd: -1 },
+    }]);
+    this.#memory.commit();
   }
 
   close(): void {
-    this.memory.close();
+    this.#memory.close();
   }
+}
+
+/** The file that is mapped at an address, as a descriptor of this process. */
+function fileBehind(address: bigint): { fd: number; offset: bigint } {
+  for (const line of readFileSync("/proc/self/maps", "utf8").split("\n")) {
+    const match = /^(\w+)-(\w+) \S+ (\w+) \S+ (\d+)/.exec(line);
+    if (match === null) continue;
+    const [start, end, offset] = match.slice(1, 4).map((x) => BigInt(`0x${x}`));
+    if (address < start || address >= end) continue;
+    for (const name of readdirSync("/proc/self/fd")) {
+      try {
+        if (statSync(`/proc/self/fd/${name}`).ino !== Number(match[4])) {
+          continue;
+        }
+      } catch {
+        continue;
+      }
+      return { fd: Number(name), offset: offset + address - start };
+    }
+  }
+  throw new Error(`No file is behind 0x${address.toString(16)}`);
 }
 
 function readBytes(bytes: Uint8Array, offset: number, width: RegisterWidth) {
@@ -188,6 +249,14 @@ export class ModelPciDevice implements PciDevice {
         isOpen = false;
       },
     };
+  }
+
+  barFile(bar: number, offset: number, size: number): BarFile | null {
+    const fd = this.bars[bar]?.fd;
+    if (fd === undefined || offset % 4096 !== 0 || size % 4096 !== 0) {
+      return null;
+    }
+    return offset + size <= this.barSize(bar) ? { fd, offset } : null;
   }
 
   setVectors(fds: readonly number[]): void {

@@ -6,6 +6,8 @@
  * @module
  */
 
+import assert from "node:assert/strict";
+import { binding, core } from "../../ffi/core.ts";
 import type { RegisterWidth } from "../../pci/pci_device.ts";
 import { type Request, Virtqueue } from "../../virtqueue/mod.ts";
 import {
@@ -20,6 +22,7 @@ import {
 const place = { common: 0, isr: 0x100, device: 0x200, notify: 0x1000 };
 const bar0Size = 0x4000;
 const notifyMultiplier = 4;
+const pageSize = 4096;
 
 /** Offsets in the common configuration. */
 const Common = {
@@ -58,6 +61,10 @@ export interface VirtioModelOptions {
   readonly hasPin?: boolean;
   /** Beside those of BAR 0. */
   readonly capabilities?: readonly ModelCapability[];
+  /** Bytes of the common configuration; 64 unless given. */
+  readonly commonLength?: number;
+  /** A page of its own for each queue's notification, in a file (BAR 2). */
+  readonly hasNotifyPages?: boolean;
 }
 
 const maxVector = 0xffff;
@@ -79,6 +86,9 @@ export class VirtioPciModel extends ModelPciDevice {
   refusesVectors = false;
   /** A reset takes so many reads of the status. */
   resetReads = 0;
+  /** The same for the reset of a queue. */
+  queueResetReads = 0;
+  #resetReadsLeft = 0;
   isr = 0;
   /** Every status that the driver wrote. */
   readonly statuses: number[] = [];
@@ -103,7 +113,12 @@ export class VirtioPciModel extends ModelPciDevice {
     view.setUint16(2, options.deviceId, true);
     view.setUint16(0x2e, options.subsystemId ?? 0x1100, true);
     const capabilities: ModelCapability[] = [
-      { type: 1, bar: 0, offset: place.common, length: 56 },
+      {
+        type: 1,
+        bar: 0,
+        offset: place.common,
+        length: options.commonLength ?? 64,
+      },
       { type: 3, bar: 0, offset: place.isr, length: 1 },
       {
         type: 4,
@@ -111,21 +126,82 @@ export class VirtioPciModel extends ModelPciDevice {
         offset: place.device,
         length: this.deviceConfig.length,
       },
-      {
-        type: 2,
-        bar: 0,
-        offset: place.notify,
-        length: 0x1000,
-        multiplier: notifyMultiplier,
-      },
+      options.hasNotifyPages
+        ? {
+          type: 2,
+          bar: 2,
+          offset: 0,
+          length: pageSize * (options.queueCount ?? 1),
+          multiplier: pageSize,
+        }
+        : {
+          type: 2,
+          bar: 0,
+          offset: place.notify,
+          length: 0x1000,
+          multiplier: notifyMultiplier,
+        },
       ...options.capabilities ?? [],
     ];
     writeCapabilities(this.config, capabilities).forEach((at, i) =>
       this.capabilityOffsets.set(capabilities[i].type, at)
     );
     this.bars[0] = this.#registers();
+    if (options.hasNotifyPages) this.#openNotifyPages();
     this.#forget();
-    this.onClose = () => this.#stopQueues();
+    this.onClose = () => {
+      this.#stopQueues();
+      this.#closeNotifyPages();
+    };
+  }
+
+  /**
+   * As hardware sees a write of another process to a page of BAR 2: by looking
+   * at it all the time.
+   */
+  #openNotifyPages(): void {
+    const size = pageSize * (this.options.queueCount ?? 1);
+    const fd = core.memfdCreate(size);
+    assert.ok(fd >= 0);
+    const address = new BigUint64Array(1);
+    assert.equal(core.mapShared(fd, size, address), 0);
+    const words = new Uint16Array(binding.view(address[0], size));
+    words.fill(maxVector);
+    const timer = setInterval(() => {
+      for (let at = 0; at < size / 2; at += pageSize / 2) {
+        const index = Atomics.exchange(words, at, maxVector);
+        if (index === maxVector) continue;
+        this.directKicks++;
+        this.queues[index]?.virtqueue?.kick();
+      }
+    }, 1);
+    this.bars[2] = {
+      size,
+      fd,
+      read: () => 0,
+      write: (_offset, _width, value) => this.#notified(value),
+    };
+    this.#closeNotifyPages = () => {
+      clearInterval(timer);
+      core.descriptorClose(fd);
+      if (typeof words.buffer.transfer !== "function") return;
+      words.buffer.transfer();
+      assert.equal(core.unmap(address[0], size), 0);
+    };
+  }
+
+  #closeNotifyPages: () => void = () => {};
+
+  /** Writes to a notification register by the driver of the PCI device. */
+  kicks = 0;
+  /** The same by another process. */
+  directKicks = 0;
+  /** Queues that the driver has reset (RING_RESET). */
+  readonly queueResets: number[] = [];
+
+  #notified(index: number): void {
+    this.kicks++;
+    this.queues[index]?.virtqueue?.kick();
   }
 
   /** Interrupts that there was a reason for. */
@@ -147,29 +223,40 @@ export class VirtioPciModel extends ModelPciDevice {
   }
 
   #forget(): void {
-    const { queueCount = 1, queueSize = 128 } = this.options;
+    const { queueCount = 1 } = this.options;
     this.queues.splice(0);
-    for (let i = 0; i < queueCount; i++) {
-      this.queues.push({
-        size: queueSize,
-        vector: maxVector,
-        isEnabled: false,
-        addresses: [0n, 0n, 0n],
-        virtqueue: undefined,
-      });
-    }
+    for (let i = 0; i < queueCount; i++) this.queues.push(this.#freshQueue());
     this.acked = 0n;
     this.configVector = maxVector;
   }
 
   #stopQueues(): void {
-    for (const queue of this.queues) {
-      const stopped = queue.virtqueue?.stop();
-      queue.virtqueue = undefined;
-      if (stopped === undefined) continue;
-      this.#stopping.add(stopped);
-      stopped.finally(() => this.#stopping.delete(stopped));
-    }
+    for (const queue of this.queues) this.#stopQueue(queue);
+  }
+
+  #stopQueue(queue: ModelQueue): void {
+    const stopped = queue.virtqueue?.stop();
+    queue.virtqueue = undefined;
+    if (stopped === undefined) return;
+    this.#stopping.add(stopped);
+    stopped.finally(() => this.#stopping.delete(stopped));
+  }
+
+  /** A queue is as after a reset of the device. */
+  #resetQueue(index: number): void {
+    this.queueResets.push(index);
+    this.#stopQueue(this.queues[index]);
+    this.queues[index] = this.#freshQueue();
+  }
+
+  #freshQueue(): ModelQueue {
+    return {
+      size: this.options.queueSize ?? 128,
+      vector: maxVector,
+      isEnabled: false,
+      addresses: [0n, 0n, 0n],
+      virtqueue: undefined,
+    };
   }
 
   /** The device's configuration has changed, or the device is broken. */
@@ -212,7 +299,7 @@ export class VirtioPciModel extends ModelPciDevice {
           config.write(offset - place.device, width, value);
           this.onConfigWrite?.(offset - place.device);
         } else if (offset >= place.notify) {
-          this.queues[value]?.virtqueue?.kick();
+          this.#notified(value);
         } else this.#writeCommon(offset, width, value);
       },
     };
@@ -243,6 +330,8 @@ export class VirtioPciModel extends ModelPciDevice {
         return queue?.isEnabled ? 1 : 0;
       case 30:
         return this.#queueSelect;
+      case 58:
+        return this.#resetReadsLeft > 0 ? (this.#resetReadsLeft--, 1) : 0;
       default:
         return 0;
     }
@@ -278,6 +367,12 @@ export class VirtioPciModel extends ModelPciDevice {
         break;
       case 28:
         queue.isEnabled = value === 1;
+        // With RING_RESET queues come back while the others work.
+        if ((this.status & 4) !== 0) this.#start();
+        break;
+      case 58:
+        if (value === 1) this.#resetQueue(this.#queueSelect);
+        this.#resetReadsLeft = this.queueResetReads;
         break;
       default:
         this.#writeAddress(queue, offset - 32, value);

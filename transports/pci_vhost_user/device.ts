@@ -13,10 +13,8 @@ import {
   requireCapability,
   type VirtioCapability,
 } from "../../pci/virtio_capabilities.ts";
-import {
-  type Condition,
-  VirtioPciDevice,
-} from "../../pci/virtio_pci_device.ts";
+import { VirtioPciDevice } from "../../pci/virtio_pci_device.ts";
+import type { Condition } from "../../pci/virtio_registers.ts";
 import {
   type MessageQueues,
   MessageQueues as Queues,

@@ -9,7 +9,7 @@
 
 import { Vhost2Error } from "../../ffi/errors.ts";
 import { ConfigRegister, type PciDevice } from "../../pci/pci_device.ts";
-import { VIRTIO_VENDOR } from "../../pci/virtio_pci_device.ts";
+import { VIRTIO_VENDOR } from "../../pci/virtio_registers.ts";
 import { featureMask, ProtocolFeature } from "../../protocol/features.ts";
 import type { MemoryRegionDescription } from "../../protocol/memory_payloads.ts";
 
