@@ -19,6 +19,7 @@ import { node } from "./node.ts";
 import { processor } from "./processor.ts";
 import { addedQueue, queues } from "./queues.ts";
 import { translation } from "./translation.ts";
+import { transportsBeside } from "./transports.ts";
 import { verify } from "./verify.ts";
 
 export const sections: readonly Section[] = [
@@ -33,6 +34,7 @@ export const sections: readonly Section[] = [
   translation,
   node,
   networkInNode,
+  transportsBeside,
   formats,
   dirtyLog,
   guest,
