@@ -146,6 +146,8 @@ pub const Packed = struct {
     first_slot: u16 = undefined,
     first_word: u64 = undefined,
     is_disarmed: bool = false,
+    /// Descriptors of the chain taken last.
+    stride: u32 = 1,
     /// Where the front-end gave a region for it.
     inflight: ?PackedInflight = null,
 
@@ -245,6 +247,7 @@ pub const Packed = struct {
             if (self.inflight) |*tracker| tracker.commit(@intCast(id));
             ring.own(batch, id);
             self.lengths[id] = @intCast(count);
+            self.stride = count;
             outstanding += count;
             // Where a request was, another one's used descriptor will be.
             prefetch.forWriting(@ptrCast(&self.descriptors[at.slot]));
@@ -281,21 +284,19 @@ pub const Packed = struct {
         self.available = self.available.before(count, ring.size);
     }
 
-    /// What hangs on the descriptors some places on is called from the driver's
-    /// processor: an indirect table, then the first buffer in it. Each is a round
-    /// trip of a cache line, and they overlap with those of other requests.
+    /// What hangs on the chains some places on is called from the driver's
+    /// processor: an indirect table, then the first buffer in it, or the first
+    /// buffer. Each is a round trip of a cache line, and they overlap with those
+    /// of other requests. Chains are taken to be as long as the last one.
     inline fn lookAhead(self: *const Packed, ring: *const Ring, batch: anytype, at: Cursor) void {
-        if (self.hinted(ring, at, tables_ahead)) |descriptor| batch.hint(descriptor);
-        if (self.hinted(ring, at, buffers_ahead)) |descriptor| batch.hintInside(descriptor);
+        if (self.hinted(ring, at, 8 * self.stride)) |descriptor| batch.hint(descriptor);
+        if (self.hinted(ring, at, 4 * self.stride)) |descriptor| batch.hintInside(descriptor);
     }
 
-    const tables_ahead = 8;
-    const buffers_ahead = 4;
-
     /// Only for hints: it is read again in its turn.
-    inline fn hinted(self: *const Packed, ring: *const Ring, at: Cursor, comptime ahead: u32) ?chain.Descriptor {
+    inline fn hinted(self: *const Packed, ring: *const Ring, at: Cursor, ahead: u32) ?chain.Descriptor {
+        if (ahead >= ring.size) return null;
         var there = at;
-        if (ring.size <= ahead) return null;
         there.advance(ahead, ring.size);
         const word = self.availableAt(there, .monotonic) orelse return null;
         const address = @atomicLoad(u64, &self.descriptors[there.slot][0], .monotonic);
