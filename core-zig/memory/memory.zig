@@ -70,6 +70,12 @@ pub const Memory = struct {
         return self.table.load(.seq_cst);
     }
 
+    /// The table of now, inside a section that may have begun with another one:
+    /// for what somebody has found in this one. It stays whole as long.
+    pub fn current(self: *const Memory) *const Table {
+        return self.table.load(.seq_cst);
+    }
+
     pub fn leave(self: *Memory) void {
         // seq_cst, with `reclaim`: either it sees the counter at zero or we
         // see that something is pending.

@@ -191,6 +191,8 @@ pub const Receiver = struct {
         const popped = self.chains.pop(self.handle, self.max - self.progress.frames);
         // What came before it has been given back.
         if (popped <= 0) return if (self.progress.chains != 0) 0 else popped;
+        // A region may have come since the call began, and the pop has seen it.
+        self.table = self.ring.memory.current();
         var index: u32 = 0;
         while (index < self.chains.count) : (index += 1) {
             self.chains.expect(self.table, index, false);
@@ -351,6 +353,8 @@ pub const Sender = struct {
             const popped = self.chains.pop(self.handle, max);
             if (popped < 0) return popped;
             if (popped == 0) return 0;
+            // As in `receive`.
+            self.table = self.ring.memory.current();
             const before = self.progress.frames;
             const used = self.fill() orelse return if (self.ring.isUsable()) linux.fail(.FAULT) else self.ring.failure();
             const is_short = used < self.chains.count;
@@ -438,6 +442,75 @@ pub const Sender = struct {
         return header;
     }
 };
+
+test "memory that comes while a burst is under way can be used in it" {
+    const fake_guest = @import("../ring/fake_guest.zig");
+    const Guest = fake_guest.Guest;
+    const guest = try Guest.start(.{ .header_bytes = header_size });
+    defer guest.stop();
+    const caller = try @import("burst_test.zig").Caller.create();
+    defer caller.destroy();
+    const ring = rings.get(guest.ring).?;
+    const chains = Chains.init(ring, &caller.scratch, caller.scratch.len).?;
+    const progress: *Progress = @ptrCast(&caller.scratch);
+    progress.* = std.mem.zeroes(Progress);
+    const list = [1]Frame{.{ .offset = 32, .length = 60 }};
+    caller.put(0, 32, 60, 0x42);
+    const start = ring.memory.enter();
+    defer ring.memory.leave();
+    var receiver: Receiver = .{
+        .handle = guest.ring,
+        .ring = ring,
+        .table = start,
+        .chains = chains,
+        .frames = &caller.frames,
+        .max = 64,
+        .buffer = &caller.buffer,
+        .buffer_size = caller.buffer.len,
+        .flags = 0,
+        .counts = &caller.counts,
+        .progress = progress,
+        .completions = .init(&caller.scratch),
+    };
+    var sender: Sender = .{
+        .handle = guest.ring,
+        .ring = ring,
+        .table = start,
+        .chains = chains,
+        .frames = &list,
+        .buffer = &caller.buffer,
+        .flags = 0,
+        .counts = &caller.counts,
+        .progress = progress,
+        .completions = .init(&caller.scratch),
+    };
+
+    // Another thread adds a region, and the driver uses it at once.
+    const added = fake_guest.high + fake_guest.region_size;
+    const fd = linux.result(linux.linux.memfd_create("added", 0));
+    defer linux.closeQuietly(fd);
+    try std.testing.expectEqual(0, linux.linux.ftruncate(fd, fake_guest.region_size));
+    const request = [1]layout.RegionRequest{.{ .gpa = added, .uva = added + fake_guest.uva_offset, .size = fake_guest.region_size, .mmap_offset = 0, .address = 0, .fd = fd, .flags = 0 }};
+    var result: layout.PrepareResult = undefined;
+    var retired: [1]u32 = undefined;
+    try std.testing.expectEqual(0, memory.prepare(guest.memory, layout.prepare_add, &request, 1, &result));
+    try std.testing.expectEqual(0, memory.commit(guest.memory, &retired, retired.len));
+
+    guest.describe(Guest.descriptors, 0, added, header_size + 60, fake_guest.write, 0);
+    guest.offer(0);
+    try std.testing.expectEqual(0, sender.run());
+    try std.testing.expectEqual(1, progress.frames);
+    try std.testing.expectEqual(header_size + 60, guest.usedAt(0).length);
+
+    progress.* = std.mem.zeroes(Progress);
+    guest.describe(Guest.descriptors, 1, added, header_size + 60, 0, 0);
+    guest.offer(1);
+    @memset(&caller.buffer, 0);
+    try std.testing.expectEqual(0, receiver.run());
+    try std.testing.expectEqual(1, progress.frames);
+    try std.testing.expectEqualSlices(u8, &@as([60]u8, @splat(0x42)), caller.frame(0));
+    try std.testing.expectEqual(0, guest.state().in_flight);
+}
 
 test {
     _ = headers;
