@@ -35,6 +35,11 @@ export const FileFlag = {
   threaded: constants.flagIoThreaded,
   /** At once, in this thread, which may block: for Workers. */
   inline: constants.flagIoInline,
+  /**
+   * A write: at once, in this thread, as long as the file's writes do not wait
+   * for anything; otherwise by a native thread. For event loops.
+   */
+  prompt: constants.flagIoPrompt,
 } as const;
 
 /** Who is told how a request ended. */

@@ -1,8 +1,8 @@
 //! File I/O between files and guest memory, without a copy: requests go in
 //! and completions come out in batches, through io_uring, through a few
 //! threads where that is refused or slower (`flag_io_threaded`), or at once in
-//! the caller's thread (`flag_io_inline`). An engine belongs to one thread at a
-//! time; engines share nothing.
+//! the caller's thread (`flag_io_inline`; `flag_io_prompt` while that does not
+//! wait). An engine belongs to one thread at a time; engines share nothing.
 //!
 //! A slot is one request in flight. It moves: free -> with the kernel or a
 //! thread (maybe several times, see `request.zig`) -> finished -> free.
@@ -15,8 +15,10 @@ const layout = @import("../layout.zig");
 const descriptor = @import("../descriptor.zig");
 const Handles = @import("../handles.zig").Handles;
 const request = @import("request.zig");
+const prompt = @import("prompt.zig");
 const Ring = @import("io_uring.zig").Ring;
-const Pool = @import("thread_pool.zig").Pool;
+const thread_pool = @import("thread_pool.zig");
+const Pool = thread_pool.Pool;
 const linux = sys.linux;
 const Slot = request.Slot;
 const List = request.List;
@@ -43,8 +45,11 @@ const Engine = struct {
     has_pool: bool = false,
     free: List = .{},
     finished: List = .{},
+    /// Prompt writes that nobody has yet.
+    due: List = .{},
+    gates: prompt.Gates = .{},
 
-    /// Requests that the kernel or a thread has.
+    /// Requests that the kernel, a thread or `due` has.
     fn outstanding(self: *const Engine) u32 {
         return @intCast(self.slots.len - self.free.count - self.finished.count);
     }
@@ -60,6 +65,24 @@ const Engine = struct {
             self.has_pool = true;
         }
         self.pool.add(index);
+    }
+
+    /// Makes prompt writes for a moment; what would wait goes to a thread.
+    fn writeDue(self: *Engine) void {
+        if (self.due.count == 0) return;
+        var watch = prompt.Watch.start();
+        while (!watch.isOver()) {
+            const index = self.due.pop(self.slots) orelse return;
+            const slot = &self.slots[index];
+            if (!self.gates.isOpen(slot.file, watch.now)) {
+                self.addThreaded(index);
+                continue;
+            }
+            const outcome = slot.advance(thread_pool.call(slot));
+            watch.lap(&self.gates, slot.file);
+            // The rest of a short write would wait for what was missing.
+            if (outcome) |result| self.finish(index, result) else self.addThreaded(index);
+        }
     }
 
     fn finish(self: *Engine, index: u32, result: i32) void {
@@ -80,7 +103,7 @@ const Engine = struct {
             }
         }
         if (self.has_pool) self.pool.flush();
-        if (is_due or self.finished.count > 0) descriptor.signalOwn(self.event);
+        if (is_due or self.due.count > 0 or self.finished.count > 0) descriptor.signalOwn(self.event);
     }
 
     /// Moves what came back to `finished`, and adds what has to go on.
@@ -212,7 +235,9 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
             self.finish(index, result);
         } else if (one.flags & layout.flag_io_inline != 0) {
             at_once.push(self.slots, index);
-        } else if (one.flags & layout.flag_io_threaded != 0) {
+        } else if (one.flags & layout.flag_io_prompt != 0 and self.slots[index].isPrompt()) {
+            self.due.push(self.slots, index);
+        } else if (one.flags & (layout.flag_io_prompt | layout.flag_io_threaded) != 0) {
             self.addThreaded(index);
         } else {
             self.add(index);
@@ -220,16 +245,18 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
     }
     section.leave();
     while (at_once.pop(self.slots)) |index| self.finish(index, Pool.perform(&self.slots[index], null));
+    self.writeDue();
     self.flush();
     return @intCast(taken);
 }
 
 /// Writes up to `capacity` completions, in no particular order, and sends on
-/// what came back unfinished. Never waits.
+/// what came back unfinished. Never waits but for prompt writes.
 pub fn reap(io: u32, completions: ?[*]layout.IoCompletion, capacity: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     const out = completions orelse return sys.fail(.FAULT);
     self.collect(false);
+    self.writeDue();
     var count: u32 = 0;
     while (count < capacity) : (count += 1) {
         out[count] = self.take() orelse break;
@@ -248,16 +275,17 @@ pub fn destroy(io: u32) callconv(.c) i32 {
 }
 
 fn close(self: *Engine) i32 {
+    while (self.due.pop(self.slots)) |index| self.finish(index, sys.fail(.CANCELED));
     if (self.ring) |*ring| {
         while (ring.takeBack()) |index| self.finish(index, sys.fail(.CANCELED));
         if (self.outstanding() > 0) ring.cancel();
     }
     if (self.has_pool) self.pool.stop();
-    const deadline = now() + drain_ms;
+    const deadline = milliseconds() + drain_ms;
     while (self.outstanding() > 0) {
         self.collect(true);
         if (self.outstanding() == 0) break;
-        const time = now();
+        const time = milliseconds();
         if (time >= deadline) break;
         var waits = [1]linux.pollfd{.{ .fd = self.event, .events = linux.POLL.IN, .revents = 0 }};
         _ = linux.poll(&waits, 1, @intCast(deadline - time));
@@ -297,14 +325,13 @@ fn inherit(context: *anyopaque) void {
     sync.futexWake(&hung, std.math.maxInt(i32));
 }
 
-fn now() u64 {
-    var time: linux.timespec = undefined;
-    _ = linux.clock_gettime(.MONOTONIC, &time);
-    return @as(u64, @intCast(time.sec)) * 1000 + @as(u64, @intCast(time.nsec)) / 1_000_000;
+fn milliseconds() u64 {
+    return prompt.monotonic() / std.time.ns_per_ms;
 }
 
 test {
     _ = request;
+    _ = prompt;
     _ = @import("traits.zig");
     _ = @import("engine_test.zig");
 }

@@ -47,9 +47,12 @@ function openFile(path: string): number {
   return fd;
 }
 
-for (const useThreads of [false, true]) {
-  const kind = useThreads ? "threads" : "its first choice";
-
+const ways = [
+  { kind: "its first choice", useThreads: false, flags: 0 },
+  { kind: "threads", useThreads: true, flags: 0 },
+  { kind: "prompt writes", useThreads: false, flags: FileFlag.prompt },
+];
+for (const { kind, useThreads, flags } of ways) {
   test(`with ${kind}, 2000 requests at once are more than fit and all are done`, async () => {
     using folder = new TemporaryFolder();
     const path = folder.file("disk");
@@ -93,7 +96,7 @@ for (const useThreads of [false, true]) {
             file,
             i * 512,
             0,
-            0,
+            flags,
             memory.handle,
             segments,
             i - first,
