@@ -90,20 +90,19 @@ const Engine = struct {
         self.finished.push(self.slots, index);
     }
 
-    /// Hands over what was added, then makes the event readable when there is
-    /// something for `reap` that nobody else signals.
-    fn flush(self: *Engine) void {
-        var is_due = false;
+    /// Hands over what was added. False when some of it has to wait for the
+    /// next time, because the kernel is short of memory.
+    fn handOver(self: *Engine) bool {
+        var is_done = true;
         if (self.ring) |*ring| {
             const result = ring.flush();
-            // Short of memory: the entries wait for the next reap.
-            is_due = result < 0;
+            is_done = result >= 0;
             if (result < 0 and result != sys.fail(.AGAIN)) {
                 while (ring.takeBack()) |index| self.finish(index, result);
             }
         }
         if (self.has_pool) self.pool.flush();
-        if (is_due or self.due.count > 0 or self.finished.count > 0) descriptor.signalOwn(self.event);
+        return is_done;
     }
 
     /// Moves what came back to `finished`, and adds what has to go on.
@@ -205,7 +204,8 @@ fn start(self: *Engine, use_threads: bool) i32 {
     return result;
 }
 
-/// The event descriptor, readable while completions wait. It stays ours.
+/// The event descriptor, readable while completions wait that a `reap` since
+/// the last `submit` has not seen or left. It stays ours.
 pub fn event(io: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     return self.event;
@@ -218,7 +218,9 @@ pub fn kind(io: u32) callconv(.c) i32 {
 }
 
 /// Takes requests in order while there is room; returns how many. A request
-/// that is wrong in itself is taken too and completes with its error.
+/// that is wrong in itself is taken too and completes with its error. Its caller
+/// reaps next: what finished in this call is not signalled, since to wake
+/// whoever waits for the event costs as much as a write.
 pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segments: ?[*]const layout.Segment, segment_count: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     if (count == 0) return 0;
@@ -246,7 +248,7 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
     section.leave();
     while (at_once.pop(self.slots)) |index| self.finish(index, Pool.perform(&self.slots[index], null));
     self.writeDue();
-    self.flush();
+    _ = self.handOver();
     return @intCast(taken);
 }
 
@@ -261,7 +263,9 @@ pub fn reap(io: u32, completions: ?[*]layout.IoCompletion, capacity: u32) callco
     while (count < capacity) : (count += 1) {
         out[count] = self.take() orelse break;
     }
-    self.flush();
+    const is_done = self.handOver();
+    // Nobody else signals what is left for the next time.
+    if (!is_done or self.due.count > 0 or self.finished.count > 0) descriptor.signalOwn(self.event);
     return @intCast(count);
 }
 

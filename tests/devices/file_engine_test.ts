@@ -166,3 +166,30 @@ test("an offset above 4 GiB reaches the file as it is", async () => {
     eventLoop.unref();
   }
 });
+
+test("a client that submits while it is told of an end is told of that one's too", () => {
+  eventLoop.ref();
+  const engine = FileEngine.acquire();
+  try {
+    const told: number[] = [];
+    // Nothing to discard: such a request ends in its submission, unsignalled.
+    const client: FileClient = {
+      alignment: 1,
+      finished(cookie) {
+        told.push(cookie);
+        if (cookie < 3) discardNothing(cookie + 1);
+      },
+    };
+    const none = new Uint32Array(0);
+    function discardNothing(cookie: number): void {
+      const { discard } = FileOperation;
+      engine.stage(client, cookie, discard, 0, 0, 0, 0, 0, none, 0, 0);
+      engine.submit();
+    }
+    discardNothing(1);
+    assert.deepEqual(told, [1, 2, 3]);
+  } finally {
+    engine.release();
+    eventLoop.unref();
+  }
+});
