@@ -10,8 +10,7 @@
 //! - A file whose write has slept is left to the threads for a hundred times as
 //!   long as that took. So the loop stands still for such writes during at most
 //!   a hundredth of its time, however slow the disk, once per file.
-//! - What was added is written for `budget_ns` at a time; then the loop gets
-//!   its turn, and `reap` goes on.
+//! - One call of the engine writes for `budget_ns`; the next `reap` goes on.
 
 const std = @import("std");
 const sys = @import("../linux.zig");
