@@ -181,11 +181,11 @@ test("a client that submits while it is told of an end is told of that one's too
       },
     };
     const none = new Uint32Array(0);
-    function discardNothing(cookie: number): void {
+    const discardNothing = (cookie: number): void => {
       const { discard } = FileOperation;
       engine.stage(client, cookie, discard, 0, 0, 0, 0, 0, none, 0, 0);
       engine.submit();
-    }
+    };
     discardNothing(1);
     assert.deepEqual(told, [1, 2, 3]);
   } finally {
