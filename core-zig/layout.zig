@@ -250,6 +250,10 @@ pub const flag_io_threaded: u32 = 4;
 /// At once, in the thread that submits, which may block: for a Worker that has
 /// nothing else to do.
 pub const flag_io_inline: u32 = 8;
+/// A write into the page cache: at once, in the thread that submits or reaps,
+/// which must not wait, while the file's writes have not; else, and when it is
+/// large or to be durable, as with `flag_io_threaded`.
+pub const flag_io_prompt: u32 = 16;
 
 pub const IoRequest = extern struct {
     operation: u32,

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1305339269;
+export const abiHash = 1066496730;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -1111,6 +1111,7 @@ export const constants = {
   flagIoDsync: 2,
   flagIoThreaded: 4,
   flagIoInline: 8,
+  flagIoPrompt: 16,
   netHeaderSize: 12,
   netFrameMaximum: 65550,
   netBurstMaximum: 256,

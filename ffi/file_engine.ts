@@ -35,6 +35,11 @@ export const FileFlag = {
   threaded: constants.flagIoThreaded,
   /** At once, in this thread, which may block: for Workers. */
   inline: constants.flagIoInline,
+  /**
+   * A write: at once, in this thread, as long as the file's writes do not wait
+   * for anything; otherwise by a native thread. For event loops.
+   */
+  prompt: constants.flagIoPrompt,
 } as const;
 
 /** Who is told how a request ended. */
@@ -95,6 +100,8 @@ export class FileEngine {
   readonly #waiting: Waiting[] = [];
   readonly #completions = new Int32Array(reapCapacity * completionWords);
   #isReaping = false;
+  /** A client has submitted while it was told of an end. */
+  #isReapDue = false;
   // By tag; a tag is in use from `stage` to `finished`.
   readonly #clients: (FileClient | undefined)[] = [];
   readonly #cookies: number[] = [];
@@ -264,11 +271,13 @@ export class FileEngine {
 
   /** Tells the clients of all that has finished. Never waits. */
   reap(): void {
+    this.#isReapDue = true;
     if (this.#isReaping) return;
     this.#isReaping = true;
     const completions = this.#completions;
     try {
       for (let round = 0; round < roundsPerTurn; round++) {
+        this.#isReapDue = false;
         const count = core.ioReap(this.#io, completions, reapCapacity);
         for (let i = 0; i < count; i++) {
           const tag = completions[i * completionWords];
@@ -281,7 +290,7 @@ export class FileEngine {
           );
         }
         const isMoreDue = this.#waiting.length > 0 && this.#resubmit();
-        if (count < reapCapacity && !isMoreDue) return;
+        if (count < reapCapacity && !isMoreDue && !this.#isReapDue) return;
       }
       blocking.setImmediate(() => this.reap());
     } finally {

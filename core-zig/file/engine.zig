@@ -1,8 +1,8 @@
 //! File I/O between files and guest memory, without a copy: requests go in
 //! and completions come out in batches, through io_uring, through a few
 //! threads where that is refused or slower (`flag_io_threaded`), or at once in
-//! the caller's thread (`flag_io_inline`). An engine belongs to one thread at a
-//! time; engines share nothing.
+//! the caller's thread (`flag_io_inline`; `flag_io_prompt` while that does not
+//! wait). An engine belongs to one thread at a time; engines share nothing.
 //!
 //! A slot is one request in flight. It moves: free -> with the kernel or a
 //! thread (maybe several times, see `request.zig`) -> finished -> free.
@@ -15,8 +15,10 @@ const layout = @import("../layout.zig");
 const descriptor = @import("../descriptor.zig");
 const Handles = @import("../handles.zig").Handles;
 const request = @import("request.zig");
+const prompt = @import("prompt.zig");
 const Ring = @import("io_uring.zig").Ring;
-const Pool = @import("thread_pool.zig").Pool;
+const thread_pool = @import("thread_pool.zig");
+const Pool = thread_pool.Pool;
 const linux = sys.linux;
 const Slot = request.Slot;
 const List = request.List;
@@ -43,8 +45,11 @@ const Engine = struct {
     has_pool: bool = false,
     free: List = .{},
     finished: List = .{},
+    /// Prompt writes that nobody has yet.
+    due: List = .{},
+    gates: prompt.Gates = .{},
 
-    /// Requests that the kernel or a thread has.
+    /// Requests that the kernel, a thread or `due` has.
     fn outstanding(self: *const Engine) u32 {
         return @intCast(self.slots.len - self.free.count - self.finished.count);
     }
@@ -62,25 +67,42 @@ const Engine = struct {
         self.pool.add(index);
     }
 
+    /// Makes prompt writes for a moment; what would wait goes to a thread.
+    fn writeDue(self: *Engine) void {
+        if (self.due.count == 0) return;
+        var watch = prompt.Watch.start();
+        while (!watch.isOver()) {
+            const index = self.due.pop(self.slots) orelse return;
+            const slot = &self.slots[index];
+            if (!self.gates.isOpen(slot.file, watch.now)) {
+                self.addThreaded(index);
+                continue;
+            }
+            const outcome = slot.advance(thread_pool.call(slot));
+            watch.lap(&self.gates, slot.file);
+            // The rest of a short write would wait for what was missing.
+            if (outcome) |result| self.finish(index, result) else self.addThreaded(index);
+        }
+    }
+
     fn finish(self: *Engine, index: u32, result: i32) void {
         self.slots[index].result = result;
         self.finished.push(self.slots, index);
     }
 
-    /// Hands over what was added, then makes the event readable when there is
-    /// something for `reap` that nobody else signals.
-    fn flush(self: *Engine) void {
-        var is_due = false;
+    /// Hands over what was added. False when some of it has to wait for the
+    /// next time, because the kernel is short of memory.
+    fn handOver(self: *Engine) bool {
+        var is_done = true;
         if (self.ring) |*ring| {
             const result = ring.flush();
-            // Short of memory: the entries wait for the next reap.
-            is_due = result < 0;
+            is_done = result >= 0;
             if (result < 0 and result != sys.fail(.AGAIN)) {
                 while (ring.takeBack()) |index| self.finish(index, result);
             }
         }
         if (self.has_pool) self.pool.flush();
-        if (is_due or self.finished.count > 0) descriptor.signalOwn(self.event);
+        return is_done;
     }
 
     /// Moves what came back to `finished`, and adds what has to go on.
@@ -182,7 +204,8 @@ fn start(self: *Engine, use_threads: bool) i32 {
     return result;
 }
 
-/// The event descriptor, readable while completions wait. It stays ours.
+/// The event descriptor, readable while completions wait that a `reap` since
+/// the last `submit` has not seen or left. It stays ours.
 pub fn event(io: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     return self.event;
@@ -195,7 +218,9 @@ pub fn kind(io: u32) callconv(.c) i32 {
 }
 
 /// Takes requests in order while there is room; returns how many. A request
-/// that is wrong in itself is taken too and completes with its error.
+/// that is wrong in itself is taken too and completes with its error. Its caller
+/// reaps next: what finished in this call is not signalled, since to wake
+/// whoever waits for the event costs as much as a write.
 pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segments: ?[*]const layout.Segment, segment_count: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     if (count == 0) return 0;
@@ -212,7 +237,9 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
             self.finish(index, result);
         } else if (one.flags & layout.flag_io_inline != 0) {
             at_once.push(self.slots, index);
-        } else if (one.flags & layout.flag_io_threaded != 0) {
+        } else if (one.flags & layout.flag_io_prompt != 0 and self.slots[index].isPrompt()) {
+            self.due.push(self.slots, index);
+        } else if (one.flags & (layout.flag_io_prompt | layout.flag_io_threaded) != 0) {
             self.addThreaded(index);
         } else {
             self.add(index);
@@ -220,21 +247,25 @@ pub fn submit(io: u32, requests: ?[*]const layout.IoRequest, count: u32, segment
     }
     section.leave();
     while (at_once.pop(self.slots)) |index| self.finish(index, Pool.perform(&self.slots[index], null));
-    self.flush();
+    self.writeDue();
+    _ = self.handOver();
     return @intCast(taken);
 }
 
 /// Writes up to `capacity` completions, in no particular order, and sends on
-/// what came back unfinished. Never waits.
+/// what came back unfinished. Never waits but for prompt writes.
 pub fn reap(io: u32, completions: ?[*]layout.IoCompletion, capacity: u32) callconv(.c) i32 {
     const self = engines.get(io) orelse return sys.fail(.BADF);
     const out = completions orelse return sys.fail(.FAULT);
     self.collect(false);
+    self.writeDue();
     var count: u32 = 0;
     while (count < capacity) : (count += 1) {
         out[count] = self.take() orelse break;
     }
-    self.flush();
+    const is_done = self.handOver();
+    // Nobody else signals what is left for the next time.
+    if (!is_done or self.due.count > 0 or self.finished.count > 0) descriptor.signalOwn(self.event);
     return @intCast(count);
 }
 
@@ -248,16 +279,17 @@ pub fn destroy(io: u32) callconv(.c) i32 {
 }
 
 fn close(self: *Engine) i32 {
+    while (self.due.pop(self.slots)) |index| self.finish(index, sys.fail(.CANCELED));
     if (self.ring) |*ring| {
         while (ring.takeBack()) |index| self.finish(index, sys.fail(.CANCELED));
         if (self.outstanding() > 0) ring.cancel();
     }
     if (self.has_pool) self.pool.stop();
-    const deadline = now() + drain_ms;
+    const deadline = milliseconds() + drain_ms;
     while (self.outstanding() > 0) {
         self.collect(true);
         if (self.outstanding() == 0) break;
-        const time = now();
+        const time = milliseconds();
         if (time >= deadline) break;
         var waits = [1]linux.pollfd{.{ .fd = self.event, .events = linux.POLL.IN, .revents = 0 }};
         _ = linux.poll(&waits, 1, @intCast(deadline - time));
@@ -297,14 +329,13 @@ fn inherit(context: *anyopaque) void {
     sync.futexWake(&hung, std.math.maxInt(i32));
 }
 
-fn now() u64 {
-    var time: linux.timespec = undefined;
-    _ = linux.clock_gettime(.MONOTONIC, &time);
-    return @as(u64, @intCast(time.sec)) * 1000 + @as(u64, @intCast(time.nsec)) / 1_000_000;
+fn milliseconds() u64 {
+    return prompt.monotonic() / std.time.ns_per_ms;
 }
 
 test {
     _ = request;
+    _ = prompt;
     _ = @import("traits.zig");
     _ = @import("engine_test.zig");
 }

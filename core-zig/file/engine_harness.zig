@@ -41,7 +41,7 @@ pub fn fill(fd: i32, offset: i64, bytes: []const u8) !void {
 }
 
 /// The ways that a request can take.
-pub const Way = enum { io_uring, threads, threads_beside, at_once };
+pub const Way = enum { io_uring, threads, threads_beside, at_once, prompt };
 
 /// One engine, one guest memory with one region, one file.
 pub const Bench = struct {
@@ -86,6 +86,7 @@ pub const Bench = struct {
                 .io_uring, .threads => 0,
                 .threads_beside => layout.flag_io_threaded,
                 .at_once => layout.flag_io_inline,
+                .prompt => layout.flag_io_prompt,
             },
         };
     }
@@ -122,14 +123,14 @@ pub const Bench = struct {
         return linux.poll(&waits, 1, timeout_ms) == 1;
     }
 
-    /// Waits on the event until `out` is full.
+    /// Reaps, and waits on the event, until `out` is full.
     pub fn wait(self: *const Bench, out: []layout.IoCompletion) !void {
         var count: usize = 0;
         while (count < out.len) {
-            if (!self.isReadable(10_000)) return error.Lost;
             const got = engine.reap(self.io, out.ptr + count, @intCast(out.len - count));
             try expect(got >= 0);
             count += @intCast(got);
+            if (count < out.len and !self.isReadable(10_000)) return error.Lost;
         }
     }
 
@@ -151,5 +152,45 @@ pub const Bench = struct {
         if (sys.isError(linux.fsync(self.file))) return error.Sync;
         if (sys.isError(linux.statx(self.file, "", linux.AT.EMPTY_PATH, linux.STATX.BASIC_STATS, &stat))) return error.Stat;
         return stat.blocks;
+    }
+};
+
+/// Memory whose pages stop who touches them until they are filled.
+pub const Missing = struct {
+    user_fault: i32,
+
+    const ioctl_api = 0xc018aa3f;
+    const ioctl_register = 0xc020aa00;
+    const ioctl_zeropage = 0xc020aa04;
+    const mode_missing = 1;
+
+    /// Of `bytes`, which nobody has touched. Faults in the kernel are for the
+    /// privileged: null where that is not permitted.
+    pub fn init(bytes: []u8) !?Missing {
+        const flags: linux.O = .{ .CLOEXEC = true, .NONBLOCK = true };
+        const user_fault = sys.result(linux.syscall1(.userfaultfd, @as(u32, @bitCast(flags))));
+        if (user_fault < 0) return null;
+        var api = [3]u64{ 0xaa, 0, 0 };
+        try expect(!sys.isError(linux.ioctl(user_fault, ioctl_api, @intFromPtr(&api))));
+        var range = [4]u64{ @intFromPtr(bytes.ptr), bytes.len, mode_missing, 0 };
+        try expect(!sys.isError(linux.ioctl(user_fault, ioctl_register, @intFromPtr(&range))));
+        return .{ .user_fault = user_fault };
+    }
+
+    /// Who is in a page then goes on without one.
+    pub fn deinit(self: Missing) void {
+        sys.closeQuietly(self.user_fault);
+    }
+
+    /// Waits until somebody has touched a page.
+    pub fn isTouched(self: Missing) bool {
+        var waits = [1]linux.pollfd{.{ .fd = self.user_fault, .events = linux.POLL.IN, .revents = 0 }};
+        return linux.poll(&waits, 1, 10_000) == 1;
+    }
+
+    /// With zeros.
+    pub fn fill(self: Missing, page: []u8) bool {
+        var range = [4]u64{ @intFromPtr(page.ptr), page.len, 0, 0 };
+        return !sys.isError(linux.ioctl(self.user_fault, ioctl_zeropage, @intFromPtr(&range)));
     }
 };

@@ -129,8 +129,8 @@ test "each request completes once with its own tag, a batch larger than the engi
             sent += @intCast(taken);
             try expect(sent < 64 or ~seen != 0);
             var done: [2]layout.IoCompletion = undefined;
-            try expect(bench.isReadable(10_000));
             const got: usize = @intCast(engine.reap(bench.io, &done, done.len));
+            try expect(got > 0 or bench.isReadable(10_000));
             for (done[0..got]) |completion| {
                 try expectEqual(0, completion.result);
                 const bit = @as(u64, 1) << @intCast(completion.tag);
@@ -312,7 +312,24 @@ test "a hole behind the mapping is -EFAULT, marks the memory faulted, and the en
     }
 }
 
-test "the event is readable exactly while completions wait" {
+test "what a submission finishes itself is reaped without a signal" {
+    for ([_]harness.Way{ .at_once, .prompt }) |way| {
+        var bench = Bench.init(way, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
+        var one = bench.request(layout.io_write, 0);
+        one.segment_count = 1;
+        var wrong = one;
+        wrong.memory = 0;
+        @memset(bench.bytes[0..512], 1);
+        try expectEqual(2, bench.submit(&.{ one, wrong }, &.{bench.segment(0, 512, layout.access_read)}));
+        try expect(!bench.isReadable(0));
+        var done: [3]layout.IoCompletion = undefined;
+        try expectEqual(2, engine.reap(bench.io, &done, done.len));
+        try expect(!bench.isReadable(0));
+        try bench.deinit();
+    }
+}
+
+test "the event is readable exactly while completions wait, once somebody has reaped" {
     for (ways) |way| {
         var bench = Bench.init(way, 8) catch |e| if (e == error.SkipZigTest) continue else return e;
         try expect(!bench.isReadable(0));
@@ -325,11 +342,12 @@ test "the event is readable exactly while completions wait" {
             const requests: [4]layout.IoRequest = @splat(kind_of_request);
             try expectEqual(4, bench.submit(&requests, &segments));
             var left: i32 = 4;
-            while (left > 0) {
-                try expect(bench.isReadable(10_000));
+            while (true) {
                 // One by one: those that are left keep the event readable.
                 var done: [1]layout.IoCompletion = undefined;
                 left -= engine.reap(bench.io, &done, 1);
+                if (left == 0) break;
+                try expect(bench.isReadable(10_000));
             }
             var none: [1]layout.IoCompletion = undefined;
             try expectEqual(0, engine.reap(bench.io, &none, 1));
@@ -436,31 +454,152 @@ test "where io_uring is refused, threads serve, and an exhausted process is told
 
 test "a thread that hangs delays the end only for a while and frees all when it wakes" {
     var bench = try Bench.init(.threads, 4);
-    const user_fault = sys.result(linux.syscall1(.userfaultfd, @as(u32, @bitCast(linux.O{ .CLOEXEC = true, .NONBLOCK = true }))));
-    if (user_fault < 0) {
-        // Not permitted here: faults in the kernel are for the privileged.
+    const missing = try harness.Missing.init(bench.bytes) orelse {
         try bench.deinit();
         return error.SkipZigTest;
-    }
-    // A page whose fault nobody answers stops whoever reads into it.
-    const UFFDIO_API = 0xc018aa3f;
-    const UFFDIO_REGISTER = 0xc020aa00;
-    const missing = 1;
-    var api = [3]u64{ 0xaa, 0, 0 };
-    try expect(!sys.isError(linux.ioctl(user_fault, UFFDIO_API, @intFromPtr(&api))));
-    var range = [4]u64{ @intFromPtr(bench.bytes.ptr), bench.bytes.len, missing, 0 };
-    try expect(!sys.isError(linux.ioctl(user_fault, UFFDIO_REGISTER, @intFromPtr(&range))));
+    };
     var requests: [4]layout.IoRequest = @splat(bench.request(layout.io_read, 0));
     for (&requests) |*one| one.segment_count = 1;
     try expectEqual(4, bench.submit(&requests, &.{bench.segment(0, 4096, layout.access_write)}));
     // The fault has been reported: a thread is in it.
-    var waits = [1]linux.pollfd{.{ .fd = user_fault, .events = linux.POLL.IN, .revents = 0 }};
-    try expectEqual(1, linux.poll(&waits, 1, 10_000));
+    try expect(missing.isTouched());
     try expectEqual(sys.fail(.TIMEDOUT), engine.destroy(bench.io));
     try expectEqual(1, engine.hung.load(.acquire));
 
-    sys.closeQuietly(user_fault);
+    missing.deinit();
     while (engine.hung.load(.acquire) != 0) sync.futexWait(&engine.hung, 1, 1000);
     bench.io = @intCast(engine.create(1, 1));
     try bench.deinit();
+}
+
+/// Proves that a submission returns though memory is missing that it needs.
+const Witness = struct {
+    missing: harness.Missing,
+    /// Filled by a witness whose submission does not return.
+    bytes: []u8,
+    /// Filled, when somebody has touched it, after a while.
+    first: []u8 = &.{},
+    has_returned: std.atomic.Value(u32) = .init(0),
+    is_late: bool = false,
+    thread: ?sync.Thread = null,
+
+    /// The threads have a file for 5 s that a write has waited for so long.
+    const nap: linux.timespec = .{ .sec = 0, .nsec = 50 * std.time.ns_per_ms };
+
+    fn start(self: *Witness) void {
+        self.thread = sync.Thread.spawn(run, self).?;
+    }
+
+    fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
+        const self: *Witness = @ptrCast(@alignCast(argument.?));
+        if (self.first.len > 0 and self.missing.isTouched()) {
+            _ = linux.nanosleep(&nap, null);
+            _ = self.missing.fill(self.first);
+        }
+        sync.futexWait(&self.has_returned, 0, 4000);
+        self.is_late = self.has_returned.load(.acquire) == 0;
+        if (self.is_late) _ = self.missing.fill(self.bytes);
+        return null;
+    }
+
+    fn expectReturned(self: *Witness) !void {
+        self.has_returned.store(1, .release);
+        sync.futexWake(&self.has_returned, 1);
+        self.thread.?.join();
+        try expect(!self.is_late);
+    }
+};
+
+test "a prompt write that waits is the only one: the file's next ones are left to threads" {
+    const page = 4096;
+    var bench = try Bench.init(.prompt, 4);
+    const missing = try harness.Missing.init(bench.bytes) orelse {
+        try bench.deinit();
+        return error.SkipZigTest;
+    };
+    var witness: Witness = .{ .missing = missing, .first = bench.bytes[0..page], .bytes = bench.bytes[page..][0..page] };
+    witness.start();
+    try expectEqual(0, try bench.run(bench.request(layout.io_write, 0), &.{bench.segment(0, page, layout.access_read)}));
+
+    var one = bench.request(layout.io_write, 0);
+    one.segment_count = 1;
+    try expectEqual(1, bench.submit(&.{one}, &.{bench.segment(page, page, layout.access_read)}));
+    try witness.expectReturned();
+    var done: [1]layout.IoCompletion = undefined;
+    try expectEqual(0, engine.reap(bench.io, &done, 1));
+
+    // Another file is written at once as before.
+    var other = one;
+    other.file = try memfd(page);
+    try expectEqual(1, bench.submit(&.{other}, &.{bench.segment(0, page, layout.access_read)}));
+    try expectEqual(1, engine.reap(bench.io, &done, 1));
+    try expectEqual(0, done[0].result);
+    sys.closeQuietly(other.file);
+
+    try expect(missing.fill(bench.bytes[page..][0..page]));
+    try bench.wait(&done);
+    try expectEqual(0, done[0].result);
+    missing.deinit();
+    try bench.deinit();
+}
+
+test "prompt writes are made for a moment at a time, and the event says that there are more" {
+    const count = 512;
+    const length = 64 << 10; // 32 MiB in all: more than a moment anywhere
+    for ([_]bool{ false, true }) |is_destroyed| {
+        var bench = try Bench.init(.prompt, count);
+        @memset(bench.bytes[0..length], 7);
+        var requests: [count]layout.IoRequest = undefined;
+        for (&requests, 0..) |*one, tag| {
+            one.* = bench.request(layout.io_write, 0);
+            one.segment_count = 1;
+            one.tag = @intCast(tag);
+        }
+        const last = memory_bytes - length;
+        requests[count - 1].offset = last;
+        try expectEqual(count, bench.submit(&requests, &.{bench.segment(0, length, layout.access_read)}));
+        var byte: [1]u8 = undefined;
+        try expectEqual(1, linux.pread(bench.file, &byte, 1, last));
+        try expectEqual(0, byte[0]);
+        var done: [count]layout.IoCompletion = undefined;
+        const first: usize = @intCast(engine.reap(bench.io, &done, count));
+        try expect(first > 0 and first < count);
+        try expect(bench.isReadable(0));
+        if (is_destroyed) {
+            try expectEqual(0, engine.destroy(bench.io));
+            try expectEqual(1, linux.pread(bench.file, &byte, 1, last));
+            try expectEqual(0, byte[0]);
+            bench.io = @intCast(engine.create(1, 1));
+        } else {
+            try bench.wait(done[first..]);
+            for (done) |completion| try expectEqual(0, completion.result);
+            try expectEqual(1, linux.pread(bench.file, &byte, 1, last));
+            try expectEqual(7, byte[0]);
+        }
+        try bench.deinit();
+    }
+}
+
+test "a prompt write that is large or to be durable is left to a thread" {
+    const large = 68 << 10;
+    for ([_]u32{ 0, layout.flag_io_dsync }, [_]u32{ large, 4096 }) |flags, length| {
+        var bench = try Bench.init(.prompt, 4);
+        const missing = try harness.Missing.init(bench.bytes) orelse {
+            try bench.deinit();
+            return error.SkipZigTest;
+        };
+        var witness: Witness = .{ .missing = missing, .bytes = bench.bytes[0..large] };
+        witness.start();
+        var one = bench.request(layout.io_write, 0);
+        one.flags |= flags;
+        one.segment_count = 1;
+        try expectEqual(1, bench.submit(&.{one}, &.{bench.segment(0, length, layout.access_read)}));
+        try witness.expectReturned();
+        try expect(missing.fill(bench.bytes[0..large]));
+        var done: [1]layout.IoCompletion = undefined;
+        try bench.wait(&done);
+        try expectEqual(0, done[0].result);
+        missing.deinit();
+        try bench.deinit();
+    }
 }

@@ -16,6 +16,7 @@ const sync = @import("../sync.zig");
 const layout = @import("../layout.zig");
 const memory = @import("../memory/memory.zig");
 const copying = @import("../memory/copy.zig");
+const prompt = @import("prompt.zig");
 const traits = @import("traits.zig");
 const linux = sys.linux;
 const iovec = std.posix.iovec;
@@ -332,6 +333,12 @@ pub const Slot = struct {
             self.vectors += 1;
             self.vector_count -= 1;
         }
+    }
+
+    /// Whether it is nothing but a copy of a moment into the page cache, as
+    /// far as one can know.
+    pub fn isPrompt(self: *const Slot) bool {
+        return self.phase == .write and self.rw_flags == 0 and self.remaining <= prompt.largest_bytes;
     }
 
     /// Iovecs for the next call.

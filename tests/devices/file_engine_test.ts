@@ -47,9 +47,12 @@ function openFile(path: string): number {
   return fd;
 }
 
-for (const useThreads of [false, true]) {
-  const kind = useThreads ? "threads" : "its first choice";
-
+const ways = [
+  { kind: "its first choice", useThreads: false, flags: 0 },
+  { kind: "threads", useThreads: true, flags: 0 },
+  { kind: "prompt writes", useThreads: false, flags: FileFlag.prompt },
+];
+for (const { kind, useThreads, flags } of ways) {
   test(`with ${kind}, 2000 requests at once are more than fit and all are done`, async () => {
     using folder = new TemporaryFolder();
     const path = folder.file("disk");
@@ -93,7 +96,7 @@ for (const useThreads of [false, true]) {
             file,
             i * 512,
             0,
-            0,
+            flags,
             memory.handle,
             segments,
             i - first,
@@ -160,6 +163,33 @@ test("an offset above 4 GiB reaches the file as it is", async () => {
     engine.release();
     closeSync(openedForReading);
     core.descriptorClose(file);
+    eventLoop.unref();
+  }
+});
+
+test("a client that submits while it is told of an end is told of that one's too", () => {
+  eventLoop.ref();
+  const engine = FileEngine.acquire();
+  try {
+    const told: number[] = [];
+    // Nothing to discard: such a request ends in its submission, unsignalled.
+    const client: FileClient = {
+      alignment: 1,
+      finished(cookie) {
+        told.push(cookie);
+        if (cookie < 3) discardNothing(cookie + 1);
+      },
+    };
+    const none = new Uint32Array(0);
+    const discardNothing = (cookie: number): void => {
+      const { discard } = FileOperation;
+      engine.stage(client, cookie, discard, 0, 0, 0, 0, 0, none, 0, 0);
+      engine.submit();
+    };
+    discardNothing(1);
+    assert.deepEqual(told, [1, 2, 3]);
+  } finally {
+    engine.release();
     eventLoop.unref();
   }
 });

@@ -286,21 +286,22 @@ export function fileBacking(path: string, options: FileOptions = {}): Backing {
     core.descriptorClose(fd);
     throw error;
   }
-  const writeFlags = traits.hasBlockingWrites && !isDirect
-    ? FileFlag.threaded
-    : 0;
+  // io_uring would hand such writes to a thread of the kernel's. What goes to
+  // the page cache is written at once while that does not hold up the event
+  // loop; what has to reach the disk always waits, so a thread does it.
+  const isOurs = traits.hasBlockingWrites && !isDirect;
   return backingOver(path, fd, size, isReadOnly, {
     alignment: isDirect ? traits.alignment : 1,
-    writeFlags,
-    durableWriteFlags: writeFlags | FileFlag.dsync,
+    writeFlags: isOurs ? FileFlag.prompt : 0,
+    durableWriteFlags: (isOurs ? FileFlag.threaded : 0) | FileFlag.dsync,
   });
 }
 
 /**
  * In a Worker: over a file that another isolate has open; under a number of
  * its own, so that neither has to wait for the other's requests to close it.
- * What another thread would only be woken for, a write into the page cache, is
- * done at once: nobody but the Worker's own queues waits for it.
+ * A write into the page cache is done at once even if it waits: nobody but the
+ * Worker's own queues waits for it.
  */
 export function sharedFileBacking(
   path: string,
@@ -313,7 +314,7 @@ export function sharedFileBacking(
     `Cannot open ${path} in a Worker`,
   );
   noteHeld(Held.descriptor, own);
-  const writeFlags = use.writeFlags === FileFlag.threaded
+  const writeFlags = use.writeFlags === FileFlag.prompt
     ? FileFlag.inline
     : use.writeFlags;
   return backingOver(path, own, 0, isReadOnly, { ...use, writeFlags });
