@@ -100,9 +100,14 @@ export class VduseTransport implements Transport {
     this.#host.connected(connection).then(() => this.#sessionEnded(serving));
     try {
       const description = await frontEnd.introduce();
-      serving.device = await this.#open(description);
+      const device = await this.#open(connection, description);
+      if (!connection.isOpen) {
+        device.close();
+        throw connection.ended();
+      }
+      serving.device = device;
       frontEnd.onBroken = (reason) => this.#broke(serving, reason);
-      frontEnd.serve(serving.device, this.#log);
+      frontEnd.serve(device, this.#log);
       if (!isAttached) return;
       await this.#attach();
       if (this.#kernel.driverOf(name) !== null) return;
@@ -126,7 +131,10 @@ export class VduseTransport implements Transport {
   }
 
   /** The device of that name if it is the same; otherwise a new one. */
-  async #open(description: VduseDescription): Promise<VduseDevice> {
+  async #open(
+    connection: VduseConnection,
+    description: VduseDescription,
+  ): Promise<VduseDevice> {
     const { name } = this.#options;
     const found = this.#kernel.open(name);
     if (found !== null) {
@@ -135,6 +143,8 @@ export class VduseTransport implements Transport {
       found.close();
       // Only the driver's end ends a broken device.
       if (this.#isBroken && this.#options.isAttached) await this.#detach();
+      // Nobody would serve a new one, nor detach it.
+      if (!connection.isOpen) throw connection.ended();
       if (!this.#kernel.destroy(name)) {
         throw new Vhost2Error(
           "IN_USE",
@@ -227,8 +237,10 @@ export class VduseTransport implements Transport {
     try {
       await this.start();
     } catch (error) {
-      // The session ends too, and `disconnected` follows.
-      this.#host.failed(error as Vhost2Error);
+      // The session ends too, and `#next` follows. One that has ended before
+      // was told of then.
+      const { code } = error as Vhost2Error;
+      if (code !== "CLOSED") this.#host.failed(error as Vhost2Error);
     }
   }
 
