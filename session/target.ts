@@ -388,16 +388,18 @@ function sharedBytesOf(device: DeviceFactory | DeviceModule): number {
 
 function checkWorkers(options: CompleteOptions): void {
   const { device, workers = 0, pollMicroseconds = 0 } = options;
+  const { queuesTogether = 1 } = device as Partial<DeviceModule>;
   const limits = [
-    ["workers", workers, maxWorkers],
-    ["pollMicroseconds", pollMicroseconds, maxPollMicroseconds],
-    ["sharedBytes", sharedBytesOf(device), 2 ** 30],
+    ["workers", workers, 0, maxWorkers],
+    ["pollMicroseconds", pollMicroseconds, 0, maxPollMicroseconds],
+    ["sharedBytes", sharedBytesOf(device), 0, 2 ** 30],
+    ["queuesTogether", queuesTogether, 1, maxQueueCount],
   ] as const;
-  for (const [name, value, most] of limits) {
-    if (Number.isInteger(value) && value >= 0 && value <= most) continue;
+  for (const [name, value, least, most] of limits) {
+    if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Vhost2Error(
       "OPTION",
-      `Cannot use ${name}: ${value} (a whole number from 0 to ${most})`,
+      `Cannot use ${name}: ${value} (a whole number from ${least} to ${most})`,
     );
   }
   if (workers > 0 && typeof device === "function") {
