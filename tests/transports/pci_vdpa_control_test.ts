@@ -3,9 +3,13 @@
 import assert from "node:assert/strict";
 import { FrontendConnection, VhostUserDevice } from "../../frontend/mod.ts";
 import { registerTarget, type TargetOptions } from "../../mod.ts";
+import { VdpaDevice } from "../../transports/pci_vdpa/device.ts";
+import { PciVdpaTransport } from "../../transports/pci_vdpa/transport.ts";
+import type { Connection, TransportHost } from "../../transports/transport.ts";
 import { test } from "../harness.ts";
 import { FrontendListener } from "../session/frontend_listener.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
+import { VirtioPciModel } from "../support/virtio_pci_model.ts";
 import { eventually, within } from "../support/wait.ts";
 import { nextAddress } from "./pci_served.ts";
 import {
@@ -365,6 +369,45 @@ test("a target is unregistered while a guest works, and while one waits", () =>
     assert.ok(served.model.isClosed);
     await guest.close();
   }));
+
+test("the socket is told of each front-end's end, also of one that only waited", async () => {
+  const model = new VirtioPciModel({ deviceId: 0x1042, features: allFeatures });
+  const served: Connection[] = [];
+  const ended: Connection[] = [];
+  let socket: TransportHost | undefined;
+  const transport = new PciVdpaTransport({
+    name: "PCI-vDPA:model",
+    openDevice: () => VdpaDevice.open(model),
+    openSocket(inner) {
+      socket = inner;
+      return {
+        close() {},
+        disconnected: (connection) => void ended.push(connection),
+      };
+    },
+  }, {
+    queueCount: 1,
+    deviceType: undefined,
+    connected(connection) {
+      served.push(connection);
+      return new Promise(() => {});
+    },
+    failed: (error) => assert.fail(error),
+    ended: () => assert.fail("nobody has said so"),
+  });
+  await transport.start();
+  const connections = ["one", "two"].map((name) =>
+    ({ name, protocolFeatures: 0n, close() {} }) as Connection
+  );
+  const told = connections.map((connection) => socket!.connected(connection));
+  const closed = transport.close();
+  await within(told[1], "who waited");
+  transport.disconnected(served[0]);
+  await within(told[0], "who was served");
+  await within(closed, "close");
+  assert.deepEqual(ended.map(({ name }) => name), ["two", "one"]);
+  assert.ok(model.isClosed);
+});
 
 test("a front-end that listens is connected to, and again", async () => {
   using folder = new TemporaryFolder();
