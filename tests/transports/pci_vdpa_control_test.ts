@@ -1,6 +1,7 @@
 /** Features, configuration, memory, and who is served when. */
 
 import assert from "node:assert/strict";
+import { core } from "../../ffi/core.ts";
 import { FrontendConnection, VhostUserDevice } from "../../frontend/mod.ts";
 import { registerTarget, type TargetOptions } from "../../mod.ts";
 import { VdpaDevice } from "../../transports/pci_vdpa/device.ts";
@@ -432,6 +433,32 @@ test("a front-end that listens is connected to, and again", async () => {
     }
   });
 });
+
+for (const [name, device] of Object.entries({
+  "is served, and the target ends with it": () => ({}),
+  "for which no device can be made ends the target": () => {
+    throw new Error("no device");
+  },
+})) {
+  test(`an inherited connection ${name}`, () => {
+    const ends = new Int32Array(2);
+    core.socketPair(ends);
+    const isServed = name.startsWith("is served");
+    return servingVdpa({
+      target: { socketPath: { fd: ends[1] }, device },
+      errorsExpected: !isServed,
+    }, async ({ target, model }) => {
+      const [fd] = ends;
+      if (isServed) {
+        const guest = await openVdpaGuest({ path: "" }, { path: undefined, fd });
+        await exercise(guest, 4);
+        await guest.close();
+      } else core.descriptorClose(fd);
+      await within(target.closed, "the end of the target");
+      assert.ok(model.isClosed);
+    });
+  });
+}
 
 /** Options that have no sense for a device that is there already. */
 const senseless: Record<string, unknown> = {
