@@ -201,7 +201,7 @@ export class Target {
    * Fulfilled when the target has ended: all devices are destroyed, and its
    * address is free. That is after `unregister`, or when it can have no other
    * front-end and the last one has gone (`reconnect: false`, an inherited
-   * connection).
+   * connection, a virtio-vhost-user device that was unplugged).
    */
   readonly closed: Promise<void>;
   #setClosed: () => void = () => {};

@@ -434,12 +434,14 @@ test("a front-end that listens is connected to, and again", async () => {
   });
 });
 
-for (const [name, device] of Object.entries({
-  "is served, and the target ends with it": () => ({}),
-  "for which no device can be made ends the target": () => {
-    throw new Error("no device");
-  },
-})) {
+for (
+  const [name, device] of Object.entries({
+    "is served, and the target ends with it": () => ({}),
+    "for which no device can be made ends the target": () => {
+      throw new Error("no device");
+    },
+  })
+) {
   test(`an inherited connection ${name}`, () => {
     const ends = new Int32Array(2);
     core.socketPair(ends);
@@ -450,7 +452,10 @@ for (const [name, device] of Object.entries({
     }, async ({ target, model }) => {
       const [fd] = ends;
       if (isServed) {
-        const guest = await openVdpaGuest({ path: "" }, { path: undefined, fd });
+        const guest = await openVdpaGuest({ path: "" }, {
+          path: undefined,
+          fd,
+        });
         await exercise(guest, 4);
         await guest.close();
       } else core.descriptorClose(fd);
