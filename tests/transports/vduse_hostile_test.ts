@@ -235,6 +235,16 @@ test(
   300,
 );
 
+test("a device that is broken from the start is no target, and is gone", async () => {
+  const kernel = new VduseModel();
+  kernel.onCreate = (device) => device.callsLeft = 0;
+  await assert.rejects(
+    withDisk(() => assert.fail("it is served"), { kernel }),
+    { name: "Vhost2Error", code: "SYSTEM", message: /it is broken/ },
+  );
+  assert.equal(kernel.devices.size, 0);
+});
+
 test("a broken device is detached, and a new one is there for the driver", async () => {
   const kernel = new VduseModel();
   kernel.onDetach = (device) => {

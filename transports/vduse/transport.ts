@@ -14,7 +14,7 @@ import { VduseConnection } from "./connection.ts";
 import { deviceTypeOf } from "./device_type.ts";
 import { VduseFrontEnd } from "./front_end.ts";
 import {
-  BrokenDevice,
+  BrokenVduseDevice,
   type VduseDescription,
   type VduseDevice,
   type VduseKernel,
@@ -178,7 +178,12 @@ export class VduseTransport implements Transport {
       return device;
     } catch (error) {
       device.close();
-      throw error;
+      if (!(error instanceof BrokenVduseDevice)) throw error;
+      this.#isBroken = true;
+      throw new Vhost2Error(
+        "SYSTEM",
+        `Cannot set up VDUSE device ${name}: it is broken (${error.message})`,
+      );
     }
   }
 
@@ -187,7 +192,7 @@ export class VduseTransport implements Transport {
     try {
       found.setConfig(config);
     } catch (error) {
-      if (error instanceof BrokenDevice) {
+      if (error instanceof BrokenVduseDevice) {
         this.#isBroken = true;
         return false;
       }
