@@ -86,7 +86,12 @@ export class PcapFile {
     view.setUint16(6, 4, true);
     view.setUint32(16, snapLength, true);
     view.setUint32(20, linkTypeEthernet, true);
-    file.#write(fileHeaderBytes);
+    try {
+      file.#write(fileHeaderBytes);
+    } catch (error) {
+      closeSync(file.#fd);
+      throw cannot("write", path, (error as Error).cause);
+    }
     return file;
   }
 
