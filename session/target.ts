@@ -196,6 +196,8 @@ export class Target {
   #factory: DeviceFactory | undefined;
   #pool: WorkerPool | undefined;
   #transport: Transport | undefined;
+  /** Of a transport that is being opened. */
+  readonly #endedEarly: Connection[] = [];
   #unregistered: Promise<void> | undefined;
   /**
    * Fulfilled when the target has ended: all devices are destroyed, and its
@@ -250,6 +252,9 @@ export class Target {
       });
       // Not later than need be: a front-end may be there already.
       this.#transport = opened instanceof Promise ? await opened : opened;
+      for (const connection of this.#endedEarly.splice(0)) {
+        this.#transport.disconnected(connection);
+      }
     } catch (error) {
       eventLoop.unref();
       throw error;
@@ -304,18 +309,22 @@ export class Target {
     } catch (error) {
       connection.close();
       this.#report(error as Vhost2Error, null);
-      // Later: a transport that is just being opened is not in place yet.
-      queueMicrotask(() => this.#transport?.disconnected(connection));
+      queueMicrotask(() => this.#disconnected(connection));
       return Promise.resolve();
     }
     const ended = session.run()
       .catch((error) => this.#report(error, session.device))
       .finally(() => {
         this.#sessions.delete(session);
-        this.#transport?.disconnected(connection);
+        this.#disconnected(connection);
       });
     this.#sessions.set(session, ended);
     return ended;
+  }
+
+  #disconnected(connection: Connection): void {
+    if (this.#transport === undefined) this.#endedEarly.push(connection);
+    else this.#transport.disconnected(connection);
   }
 
   #makeDevice(device: Device, dataPath: DataPath | undefined): TargetOps {

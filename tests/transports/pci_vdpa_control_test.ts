@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { core } from "../../ffi/core.ts";
+import { Errno } from "../../ffi/errors.ts";
 import { FrontendConnection, VhostUserDevice } from "../../frontend/mod.ts";
 import { registerTarget, type TargetOptions } from "../../mod.ts";
 import { VdpaDevice } from "../../transports/pci_vdpa/device.ts";
@@ -464,6 +465,25 @@ for (
     });
   });
 }
+
+test("an inherited connection for which there is no memory left ends the target", async () => {
+  const ends = new Int32Array(2);
+  core.socketPair(ends);
+  const { memoryCreate } = core;
+  try {
+    await servingVdpa({
+      target: { socketPath: { fd: ends[1] } },
+      prepare: () => Object.assign(core, { memoryCreate: () => -Errno.EMFILE }),
+      errorsExpected: true,
+    }, async ({ target, errors }) => {
+      assert.match((await errors.next()).message, /guest memory: EMFILE/);
+      await within(target.closed, "the end of the target");
+      core.descriptorClose(ends[0]);
+    });
+  } finally {
+    Object.assign(core, { memoryCreate });
+  }
+});
 
 /** Options that have no sense for a device that is there already. */
 const senseless: Record<string, unknown> = {
