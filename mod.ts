@@ -64,22 +64,23 @@ export {
 } from "./protocol/crypto_payload.ts";
 
 // How front-ends reach a target.
-export type {
-  PciVdpaOptions,
-  PciVhostUserOptions,
-  ProfileName,
-  ReconnectDelays,
-  TransportName,
-  TransportOptions,
-  VduseDescription,
-  VduseDevice,
-  VduseEntry,
-  VduseKernel,
-  VduseOptions,
-  VduseQueueInfo,
-  VduseRequest,
-  VduseResponse,
-  VhostUserOptions,
+export {
+  BrokenVduseDevice,
+  type PciVdpaOptions,
+  type PciVhostUserOptions,
+  type ProfileName,
+  type ReconnectDelays,
+  type TransportName,
+  type TransportOptions,
+  type VduseDescription,
+  type VduseDevice,
+  type VduseEntry,
+  type VduseKernel,
+  type VduseOptions,
+  type VduseQueueInfo,
+  type VduseRequest,
+  type VduseResponse,
+  type VhostUserOptions,
 } from "./transports/mod.ts";
 
 // Errors.

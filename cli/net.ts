@@ -16,15 +16,9 @@ import {
   tapEnd,
 } from "../devices/mod.ts";
 import type { Vhost2Error } from "../ffi/errors.ts";
-import { type Device, registerTarget, type Target } from "../mod.ts";
+import { registerTarget, type Target } from "../mod.ts";
 import type { NetArguments } from "./net_arguments.ts";
-import {
-  deferred,
-  describePlace,
-  isConnected,
-  stopSignal,
-  transportOf,
-} from "./serving.ts";
+import { describePlace, stopSignal, transportOf } from "./serving.ts";
 
 /** The back-end program conventions of the vhost-user specification. */
 export const capabilities = { type: "net" } as const;
@@ -62,8 +56,6 @@ export async function serveNet(options: NetArguments): Promise<void> {
     process.stderr.write(`vhost2: ${error.message}\n`);
   const { places, pcap, numQueues, mac, mtu } = options;
   const { workers, pollMicroseconds } = options;
-  const endsWithConnection = places.some(isConnected);
-  const { promise: ended, resolve: end } = deferred();
   const targets: Target[] = [];
   let cable: NetEnd = openEnd(options);
   try {
@@ -76,21 +68,12 @@ export async function serveNet(options: NetArguments): Promise<void> {
         numQueues,
         onError: report,
       });
-      const { device, ...offered } = nic;
-      const create = (connected: Device) => {
-        if (endsWithConnection) {
-          connected.signal.addEventListener("abort", end);
-        }
-        return device.create!(connected);
-      };
       targets.push(
         await registerTarget({
           ...transportOf(place),
-          ...offered,
+          ...nic,
           workers,
           pollMicroseconds,
-          // Only what can be served in Workers has options for them.
-          device: workers > 0 ? { ...device, create } : create,
           onError: report,
           trace: options.isVerbose
             ? (line) => process.stderr.write(`${line}\n`)
@@ -100,7 +83,7 @@ export async function serveNet(options: NetArguments): Promise<void> {
     }
     const stopped = stopSignal();
     console.log(readyLine(options, cable));
-    await Promise.race([stopped, ended]);
+    await Promise.race([stopped, ...targets.map(({ closed }) => closed)]);
   } finally {
     for (const target of targets) await target.unregister();
     await cable.close();

@@ -32,7 +32,7 @@ export function transportOf(place: Place): SoftwareTransport {
 }
 
 /** Whether an inherited socket is one connection, not a listener. */
-export function isConnected(place: Place): boolean {
+function isConnected(place: Place): boolean {
   if (place.kind !== "socket" || typeof place.address === "string") {
     return false;
   }
@@ -71,11 +71,4 @@ export function stopSignal(): Promise<void> {
     process.on("SIGINT", stop);
     process.on("SIGTERM", stop);
   });
-}
-
-/** `Promise.withResolvers` is missing in Node 20. */
-export function deferred(): { promise: Promise<void>; resolve: () => void } {
-  let resolve = () => {};
-  const promise = new Promise<void>((settle) => resolve = settle);
-  return { promise, resolve };
 }

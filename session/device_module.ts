@@ -33,7 +33,8 @@ export interface DeviceModule {
   readonly sharedBytes?: number;
   /**
    * So many neighbouring queues belong together and are served by the same
-   * Worker: 2 for the queue pairs of a network card; 1 unless given.
+   * Worker: 2 for the queue pairs of a network card, 256 at most; 1 unless
+   * given.
    */
   readonly queuesTogether?: number;
   /**

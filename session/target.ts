@@ -196,12 +196,14 @@ export class Target {
   #factory: DeviceFactory | undefined;
   #pool: WorkerPool | undefined;
   #transport: Transport | undefined;
+  /** Of a transport that is being opened. */
+  readonly #endedEarly: Connection[] = [];
   #unregistered: Promise<void> | undefined;
   /**
    * Fulfilled when the target has ended: all devices are destroyed, and its
    * address is free. That is after `unregister`, or when it can have no other
    * front-end and the last one has gone (`reconnect: false`, an inherited
-   * connection).
+   * connection, a virtio-vhost-user device that was unplugged).
    */
   readonly closed: Promise<void>;
   #setClosed: () => void = () => {};
@@ -250,6 +252,9 @@ export class Target {
       });
       // Not later than need be: a front-end may be there already.
       this.#transport = opened instanceof Promise ? await opened : opened;
+      for (const connection of this.#endedEarly.splice(0)) {
+        this.#transport.disconnected(connection);
+      }
     } catch (error) {
       eventLoop.unref();
       throw error;
@@ -304,18 +309,22 @@ export class Target {
     } catch (error) {
       connection.close();
       this.#report(error as Vhost2Error, null);
-      // Later: a transport that is just being opened is not in place yet.
-      queueMicrotask(() => this.#transport?.disconnected(connection));
+      queueMicrotask(() => this.#disconnected(connection));
       return Promise.resolve();
     }
     const ended = session.run()
       .catch((error) => this.#report(error, session.device))
       .finally(() => {
         this.#sessions.delete(session);
-        this.#transport?.disconnected(connection);
+        this.#disconnected(connection);
       });
     this.#sessions.set(session, ended);
     return ended;
+  }
+
+  #disconnected(connection: Connection): void {
+    if (this.#transport === undefined) this.#endedEarly.push(connection);
+    else this.#transport.disconnected(connection);
   }
 
   #makeDevice(device: Device, dataPath: DataPath | undefined): TargetOps {
@@ -388,16 +397,18 @@ function sharedBytesOf(device: DeviceFactory | DeviceModule): number {
 
 function checkWorkers(options: CompleteOptions): void {
   const { device, workers = 0, pollMicroseconds = 0 } = options;
+  const { queuesTogether = 1 } = device as Partial<DeviceModule>;
   const limits = [
-    ["workers", workers, maxWorkers],
-    ["pollMicroseconds", pollMicroseconds, maxPollMicroseconds],
-    ["sharedBytes", sharedBytesOf(device), 2 ** 30],
+    ["workers", workers, 0, maxWorkers],
+    ["pollMicroseconds", pollMicroseconds, 0, maxPollMicroseconds],
+    ["sharedBytes", sharedBytesOf(device), 0, 2 ** 30],
+    ["queuesTogether", queuesTogether, 1, maxQueueCount],
   ] as const;
-  for (const [name, value, most] of limits) {
-    if (Number.isInteger(value) && value >= 0 && value <= most) continue;
+  for (const [name, value, least, most] of limits) {
+    if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Vhost2Error(
       "OPTION",
-      `Cannot use ${name}: ${value} (a whole number from 0 to ${most})`,
+      `Cannot use ${name}: ${value} (a whole number from ${least} to ${most})`,
     );
   }
   if (workers > 0 && typeof device === "function") {

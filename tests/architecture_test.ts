@@ -65,6 +65,10 @@ for (const folder of Object.keys(allowed)) {
         if (folder === "devices" && other === "session") {
           assert.ok(isTypeOnly, `${file} imports ${target} as a value`);
         }
+        // Requests are the devices' business; PCI-vDPA relays some.
+        if (folder === "transports" && other === "virtqueue" && !isTypeOnly) {
+          assert.match(file, /^transports\/pci_vdpa\//, target);
+        }
         if (folder === "frontend" && other === "transports") {
           assert.match(target, /channel\.ts$|transport\.ts$/, file);
         }

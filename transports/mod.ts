@@ -15,6 +15,7 @@ import * as vhostUser from "./vhost_user/mod.ts";
 export * from "./transport.ts";
 export type { ReconnectDelays, VhostUserOptions } from "./vhost_user/mod.ts";
 export type { PciVhostUserOptions, ProfileName } from "./pci_vhost_user/mod.ts";
+export { BrokenVduseDevice } from "./vduse/mod.ts";
 export type * from "./vduse/mod.ts";
 export type { PciVdpaOptions } from "./pci_vdpa/mod.ts";
 

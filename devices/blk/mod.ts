@@ -12,6 +12,7 @@ import {
   recoveryProtocolFeatures,
   virtqueueProtocolFeatures,
 } from "../../virtqueue/mod.ts";
+import { requireInteger } from "../limits.ts";
 import type { Backing } from "./backings/backing.ts";
 import { type DiskObject, objectBacking } from "./backings/object.ts";
 import {
@@ -112,19 +113,6 @@ export interface Blk {
 
 /** 1 GiB, so that one request does not keep a disk for long. */
 const defaultRangeSectors = 2 ** 30 / sectorSize;
-
-function requireInteger(
-  name: string,
-  value: number,
-  least: number,
-  most: number,
-): number {
-  if (Number.isInteger(value) && value >= least && value <= most) return value;
-  throw new Vhost2Error(
-    "OPTION",
-    `Cannot use ${name}: ${value} (a whole number from ${least} to ${most})`,
-  );
-}
 
 function geometryOf(options: BlkOptions, backing: Backing): BlkGeometry {
   const {

@@ -15,6 +15,7 @@ import {
   randomMac,
 } from "./config.ts";
 import { virtqueueProtocolFeatures } from "../../virtqueue/mod.ts";
+import { requireInteger } from "../limits.ts";
 import { NetDevice, type Nic, sharedBytes } from "./device.ts";
 import type { NetEnd } from "./ends/end.ts";
 import { type FrameStreams, streamEnd } from "./ends/stream.ts";
@@ -107,19 +108,6 @@ export interface Net {
   /** Closes the end: after the targets were unregistered. */
   close(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
-}
-
-function requireInteger(
-  name: string,
-  value: number,
-  least: number,
-  most: number,
-): number {
-  if (Number.isInteger(value) && value >= least && value <= most) return value;
-  throw new Vhost2Error(
-    "OPTION",
-    `Cannot use ${name}: ${value} (a whole number from ${least} to ${most})`,
-  );
 }
 
 /** What a device's queues and its instances have in common. */

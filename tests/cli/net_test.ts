@@ -1,6 +1,7 @@
 // `vhost2 net` as a user and as a management program see it.
 import assert from "node:assert/strict";
 import { existsSync, readFileSync } from "node:fs";
+import { core } from "../../ffi/core.ts";
 import { NetClient } from "../../frontend/mod.ts";
 import { frameOf, swapped } from "../devices/net_guest.ts";
 import { test } from "../harness.ts";
@@ -129,6 +130,37 @@ async function servesEcho(workers: number): Promise<void> {
   assert.ok(!existsSync(path));
   assert.equal(readFileSync(pcap).length, 24 + 2 * (16 + 100));
 }
+
+for (const workers of ["0", "1"]) {
+  test(`net --workers ${workers}: an inherited connection is served, and its end ends the command`, async () => {
+    const ends = new Int32Array(2);
+    assert.equal(core.socketPair(ends), 0);
+    await using command = new Command(
+      ["net", "--fd", "3", "--echo", "--workers", workers],
+      [ends[1]],
+    );
+    core.descriptorClose(ends[1]);
+    const card = await NetClient.open({ fd: ends[0] });
+    await card.send(frameOf(60));
+    assert.deepEqual((await card.receive()).bytes, swapped(frameOf(60)));
+    await card.close();
+    assert.equal(await command.ended, 0);
+    assert.deepEqual(
+      [command.stdout, command.stderr],
+      ["vhost2: serving fd 3 (echo, 1 queue pair)\n", ""],
+    );
+  });
+}
+
+test("net: an inherited connection that has ended already ends the command", async () => {
+  const ends = new Int32Array(2);
+  assert.equal(core.socketPair(ends), 0);
+  core.descriptorClose(ends[0]);
+  await using command = new Command(["net", "--fd", "3", "--echo"], [ends[1]]);
+  core.descriptorClose(ends[1]);
+  assert.equal(await command.ended, 0);
+  assert.equal(command.stderr, "");
+});
 
 test("net --switch connects the guests of all its sockets", async () => {
   using folder = new TemporaryFolder();

@@ -26,8 +26,7 @@ test("vdpa: what is typed is understood", () => {
     name: "vdpa",
     arguments: {
       device: "00:06.0",
-      address: "/tmp/s",
-      isConnecting: true,
+      place: { kind: "socket", address: "/tmp/s", isConnecting: true },
       hasPacked: true,
       numQueues: 3,
       isVerbose: true,
@@ -37,8 +36,7 @@ test("vdpa: what is typed is understood", () => {
     name: "vdpa",
     arguments: {
       device: "00:06.0",
-      address: { fd: 7 },
-      isConnecting: false,
+      place: { kind: "socket", address: { fd: 7 }, isConnecting: false },
       hasPacked: false,
       numQueues: undefined,
       isVerbose: false,

@@ -16,6 +16,7 @@ import {
 } from "../../mod.ts";
 import { NetClient } from "../../frontend/mod.ts";
 import { test } from "../harness.ts";
+import { withoutDescriptorLeak } from "../support/descriptors.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { eventually, within } from "../support/wait.ts";
 import { readCapture } from "./net_capture.ts";
@@ -316,6 +317,16 @@ test("pcap: a file that cannot be written is one sentence", () => {
     message: `Cannot write ${path}: ENOENT`,
   });
 });
+
+test("pcap: a file that takes no bytes is one sentence, and leaves no descriptor", () =>
+  withoutDescriptorLeak(() => {
+    assert.throws(() => pcapTap(echoEnd(), { path: "/dev/full" }), {
+      name: "Vhost2Error",
+      code: "OPTION",
+      message: "Cannot write /dev/full: ENOSPC",
+    });
+    return Promise.resolve();
+  }));
 
 test("an end that fails costs its own queue, and says so", async () => {
   await using served = await ServedNet.start({

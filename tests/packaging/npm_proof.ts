@@ -31,12 +31,16 @@ const ownFeature = 1n << 5n;
 const serveScript = `
 import {
   blkDevice,
+  echoEnd,
+  netDevice,
   nullBacking,
   registerTarget,
-  Vhost2Error,
 } from "@vhost2/vhost2";
 import * as frontend from "@vhost2/vhost2/frontend";
-if (Object.keys(frontend).length === 0) throw new Error("an empty frontend");
+import * as pci from "@vhost2/vhost2/pci";
+for (const entry of [frontend, pci]) {
+  if (Object.keys(entry).length === 0) throw new Error("an empty entry");
+}
 const target = await registerTarget({
   transport: "vhost-user",
   address: process.argv[2],
@@ -44,21 +48,33 @@ const target = await registerTarget({
   device: () => ({}),
 });
 // Its Workers import the package's modules.
-const inWorkers = await registerTarget({
-  transport: "vhost-user",
-  address: process.argv[2] + "-workers",
-  ...blkDevice({ backing: nullBacking(1 << 20) }),
-  workers: 2,
-});
-await inWorkers.unregister();
+for (
+  const device of [
+    blkDevice({ backing: nullBacking(1 << 20) }),
+    netDevice({ end: echoEnd(), numQueues: 2 }),
+  ]
+) {
+  const inWorkers = await registerTarget({
+    transport: "vhost-user",
+    address: process.argv[2] + "-workers",
+    ...device,
+    workers: 2,
+  });
+  await inWorkers.unregister();
+}
 console.log("ready");
 process.stdin.resume().on("end", () => target.unregister());
 `;
 
 /** What a user writes in TypeScript is checked against the package's types. */
 const typedScript = `
-import { registerTarget, type Target } from "@vhost2/vhost2";
+import {
+  registerTarget,
+  type Target,
+  type TargetOptions,
+} from "@vhost2/vhost2";
 import "@vhost2/vhost2/frontend";
+import { openVfioDevice } from "@vhost2/vhost2/pci";
 const target: Target = await registerTarget({
   transport: "vhost-user",
   address: "/nowhere",
@@ -67,6 +83,13 @@ const target: Target = await registerTarget({
     queueKick(queue) { const index: number = queue.index; void index; },
   }),
 });
+const passedOn: TargetOptions = {
+  transport: "PCI-vDPA",
+  address: "0000:00:06.0",
+  socketPath: "/nowhere",
+  openDevice: openVfioDevice,
+};
+void passedOn;
 // @ts-expect-error: the types are there, and not "any".
 target.noSuchMember;
 `;

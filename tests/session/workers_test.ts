@@ -207,6 +207,17 @@ const mistakes: [string, () => object, RegExp][] = [
     () => ({ device: commandModule(new SharedArrayBuffer(64)), workers: -1 }),
     /Cannot use workers: -1/,
   ],
+  [
+    "queues that belong together by none",
+    () => ({
+      device: {
+        ...commandModule(new SharedArrayBuffer(64)),
+        queuesTogether: 0,
+      },
+      workers: 1,
+    }),
+    /Cannot use queuesTogether: 0 \(a whole number from 1 to 256\)/,
+  ],
 ];
 for (const [name, options, message] of mistakes) {
   test(`registering ${name} is refused, and leaves nothing behind`, () =>

@@ -8,7 +8,7 @@
 import { core } from "../../ffi/core.ts";
 import { check, Vhost2Error } from "../../ffi/errors.ts";
 import {
-  BrokenDevice,
+  BrokenVduseDevice,
   type VduseDescription,
   type VduseDevice,
   type VduseEntry,
@@ -16,7 +16,7 @@ import {
   type VduseQueueInfo,
   type VduseRequest,
   type VduseResponse,
-} from "../../transports/vduse/kernel.ts";
+} from "../../mod.ts";
 
 const driverOk = 4;
 type Entry = Omit<VduseEntry, "fd"> & { readonly file: number };
@@ -150,7 +150,7 @@ export class ModelDevice {
     this.isOpen = true;
     const call = <T>(action: () => T): T => {
       if (this.callsLeft-- <= 0) this.break();
-      if (this.isBroken) throw new BrokenDevice("the model says so");
+      if (this.isBroken) throw new BrokenVduseDevice("the model says so");
       return action();
     };
     return {
@@ -236,6 +236,7 @@ const notReady: VduseQueueInfo = {
 
 export class VduseModel implements VduseKernel {
   readonly devices = new Map<string, ModelDevice>();
+  onCreate: (device: ModelDevice) => void = () => {};
   /** What the driver does when it gets a device, and when it loses it. */
   onAttach: (device: ModelDevice) => Promise<void> = () => Promise.resolve();
   onDetach: (device: ModelDevice) => Promise<void> = (device) =>
@@ -254,7 +255,9 @@ export class VduseModel implements VduseKernel {
 
   create(name: string, description: VduseDescription): void {
     this.created++;
-    this.devices.set(name, new ModelDevice(description));
+    const device = new ModelDevice(description);
+    this.devices.set(name, device);
+    this.onCreate(device);
   }
 
   destroy(name: string): boolean {

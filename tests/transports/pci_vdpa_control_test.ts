@@ -1,11 +1,9 @@
-/** Features, configuration, memory, and who is served when. */
+/** Features, configuration and memory. */
 
 import assert from "node:assert/strict";
-import { FrontendConnection, VhostUserDevice } from "../../frontend/mod.ts";
+import { FrontendConnection } from "../../frontend/mod.ts";
 import { registerTarget, type TargetOptions } from "../../mod.ts";
 import { test } from "../harness.ts";
-import { FrontendListener } from "../session/frontend_listener.ts";
-import { TemporaryFolder } from "../support/temporary.ts";
 import { eventually, within } from "../support/wait.ts";
 import { nextAddress } from "./pci_served.ts";
 import {
@@ -276,119 +274,6 @@ test("of a table that cannot all be mapped only the beginning is there", () =>
     assert.equal(served.model.dma.count, 4);
     await guest.close();
   }));
-
-test("front-ends take turns, in the order in which they come", () =>
-  servingVdpa({}, async (served) => {
-    const first = await openVdpaGuest(served);
-    const others = [0, 1, 2].map(() => openVdpaGuest(served));
-    await exercise(first);
-    assert.equal(served.target.devices.length, 1);
-    await first.close();
-    for (const other of others) {
-      const guest = await other;
-      await exercise(guest, 4);
-      assert.equal(served.target.devices.length, 1);
-      await guest.close();
-    }
-    assert.equal(served.models.length, 1, "one device for all");
-  }));
-
-test("who gives up waiting is forgotten, and too many are sent away", () =>
-  servingVdpa({ errorsExpected: true }, async (served) => {
-    const first = await openVdpaGuest(served);
-    const waiting = await Promise.all(
-      Array.from({ length: 17 }, () => FrontendConnection.connect(served.path)),
-    );
-    const error = await served.errors.next();
-    assert.match(error.message, /16 front-ends wait for PCI-vDPA:/);
-    await within(waiting[16].closed, "the last one");
-    for (const connection of waiting) connection.close();
-    await exercise(first);
-    await first.close();
-    const next = await openVdpaGuest(served);
-    await exercise(next, 4);
-    await next.close();
-  }));
-
-/** How far a front-end gets before it goes. */
-const steps: ((guest: VhostUserDevice) => Promise<unknown>)[] = [
-  (guest) => guest.connection.setFeatures(guest.features),
-  (guest) => guest.sendMemory(),
-  (guest) => guest.connection.setVringNum(0, 64),
-  (guest) => guest.connection.setVringBase(0, 0),
-  (guest) => guest.connection.setVringAddr(guest.vringAddress(0)),
-  (guest) => guest.connection.setVringCall(0, guest.queues[0].callFd),
-  (guest) => guest.connection.setVringKick(0, guest.queues[0].kickFd),
-  (guest) => guest.enableQueue(0, true),
-  (guest) => Promise.resolve(guest.queues[0].kick()),
-  (guest) => guest.startQueue(1),
-  (guest) => guest.enableQueue(0, false),
-  (guest) => guest.connection.getVringBase(0),
-  (guest) => guest.connection.resetDevice({ ack: true }),
-];
-
-for (const reset of [Bit.RING_RESET, 0n]) {
-  test(`a front-end may go after each step${reset ? "" : ", without RING_RESET"}`, () =>
-    servingVdpa(
-      { features: allFeatures & ~Bit.RING_RESET | reset },
-      async (served) => {
-        for (let count = 0; count <= steps.length; count++) {
-          const guest = await VhostUserDevice.open({
-            path: served.path,
-            features: everything,
-            start: false,
-            queueCount: 2,
-            queueSize: 64,
-            ramSize: 1 << 20,
-          });
-          for (const step of steps.slice(0, count)) await step(guest);
-          guest.connection.close();
-          await guest.close();
-          await served.nobody();
-          assert.equal(served.model.dma.count, 0);
-          assert.equal(served.model.status & 4, 0, "the device is reset");
-        }
-        const guest = await openVdpaGuest(served);
-        await exercise(guest);
-        await guest.close();
-      },
-    ));
-}
-
-test("a target is unregistered while a guest works, and while one waits", () =>
-  servingVdpa({}, async (served) => {
-    const guest = await openVdpaGuest(served);
-    await exercise(guest);
-    const waiting = await FrontendConnection.connect(served.path);
-    await within(served.target.unregister(), "unregister");
-    await within(waiting.closed, "who waited");
-    assert.ok(served.model.isClosed);
-    await guest.close();
-  }));
-
-test("a front-end that listens is connected to, and again", async () => {
-  using folder = new TemporaryFolder();
-  const path = folder.file("frontend.sock");
-  using listener = new FrontendListener(path);
-  await servingVdpa({
-    target: {
-      socketPath: path,
-      connect: true,
-      reconnect: { minDelayMs: 1, maxDelayMs: 2 },
-    },
-  }, async () => {
-    for (let round = 0; round < 3; round++) {
-      const guest = await VhostUserDevice.open({
-        fd: await listener.accepted.next(),
-        queueCount: 2,
-        queueSize: 64,
-        ramSize: 1 << 20,
-      });
-      await exercise(guest, 4);
-      await guest.close();
-    }
-  });
-});
 
 /** Options that have no sense for a device that is there already. */
 const senseless: Record<string, unknown> = {

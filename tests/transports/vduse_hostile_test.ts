@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { GuestRam } from "../../driver/guest_ram.ts";
 import { test } from "../harness.ts";
 import { isUnmapped } from "../hostile/accounting.ts";
+import { deferred } from "../session/deferred.ts";
 import { guestMappingCount } from "../support/descriptors.ts";
 import { type Asked, VduseModel } from "../support/vduse_model.ts";
 import { eventually, within } from "../support/wait.ts";
@@ -234,6 +235,16 @@ test(
   300,
 );
 
+test("a device that is broken from the start is no target, and is gone", async () => {
+  const kernel = new VduseModel();
+  kernel.onCreate = (device) => device.callsLeft = 0;
+  await assert.rejects(
+    withDisk(() => assert.fail("it is served"), { kernel }),
+    { name: "Vhost2Error", code: "SYSTEM", message: /it is broken/ },
+  );
+  assert.equal(kernel.devices.size, 0);
+});
+
 test("a broken device is detached, and a new one is there for the driver", async () => {
   const kernel = new VduseModel();
   kernel.onDetach = (device) => {
@@ -258,6 +269,32 @@ test("a broken device is detached, and a new one is there for the driver", async
       );
       await exercise(next);
       next.close();
+    },
+    { kernel, errorsExpected: true },
+  );
+});
+
+test("a target that is unregistered while a driver lets go of its broken device makes no other", async () => {
+  const kernel = new VduseModel();
+  const asked = deferred<void>();
+  const hold = deferred<void>();
+  kernel.onDetach = () => {
+    asked.resolve();
+    return hold.promise;
+  };
+  await withDisk(
+    async ({ device, target, options }) => {
+      const driver = await ModelDriver.probe(device);
+      device.break();
+      await within(asked.promise, "the driver is asked to let go");
+      const unregistered = target.unregister();
+      await eventually(() => target.devices.length === 0, "nobody is served");
+      hold.resolve();
+      await within(unregistered, "unregister");
+      assert.equal(kernel.created, 1);
+      assert.ok(!kernel.devices.has(options.address));
+      device.destroy();
+      driver.close();
     },
     { kernel, errorsExpected: true },
   );

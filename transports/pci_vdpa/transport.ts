@@ -155,7 +155,9 @@ export class PciVdpaTransport implements Transport {
     if (this.#isOpen) {
       this.#isOpen = false;
       this.#socket?.close();
-      for (const connection of this.#waiting.splice(0)) connection.close();
+      for (const connection of this.#waiting.splice(0)) {
+        this.#dismiss(connection);
+      }
       this.#next();
     }
     return this.#ended;

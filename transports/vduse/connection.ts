@@ -103,7 +103,7 @@ export class VduseConnection implements Connection {
     const bytes = await new Promise<Uint8Array>((resolve, reject) => {
       if (this.#hasEnded) {
         descriptors.close();
-        throw this.#closed();
+        throw this.ended();
       }
       this.#pending.push({ request: id, resolve, reject });
       this.#inbox.push({
@@ -128,7 +128,8 @@ export class VduseConnection implements Connection {
     return (isAck ? null : decoded.value) as ReplyOf<Id>;
   }
 
-  #closed(): Vhost2Error {
+  /** Why nothing can be done for its session. */
+  ended(): Vhost2Error {
     return new Vhost2Error(
       "CLOSED",
       `Cannot send to the session of ${this.name}: it has ended`,
@@ -264,7 +265,7 @@ export class VduseConnection implements Connection {
   #end(): void {
     this.#hasEnded = true;
     for (const { descriptors } of this.#inbox.splice(0)) descriptors.close();
-    for (const { reject } of this.#pending.splice(0)) reject(this.#closed());
+    for (const { reject } of this.#pending.splice(0)) reject(this.ended());
     this.#deliver();
   }
 }

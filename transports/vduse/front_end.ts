@@ -23,7 +23,7 @@ import { AddressSpace, usedIndexAt } from "./address_space.ts";
 import type { VduseConnection } from "./connection.ts";
 import { type DeviceType, offeredToDriver } from "./device_type.ts";
 import {
-  BrokenDevice,
+  BrokenVduseDevice,
   type VduseDescription,
   type VduseDevice,
   type VduseQueueInfo,
@@ -158,7 +158,7 @@ export class VduseFrontEnd {
 
   #fail(error: Error): void {
     if (this.#hasEnded) return;
-    if (error instanceof BrokenDevice) {
+    if (error instanceof BrokenVduseDevice) {
       const told = this.onBroken;
       this.end();
       return told?.(error.message);
@@ -215,7 +215,7 @@ export class VduseFrontEnd {
       }
     } catch (error) {
       // Who serves the device next answers, if nobody does here any more.
-      if (this.#connection.isOpen && !(error instanceof BrokenDevice)) {
+      if (this.#connection.isOpen && !(error instanceof BrokenVduseDevice)) {
         device.respond({ id, isFailed: true });
       }
       throw error;

@@ -72,10 +72,10 @@ export interface VduseEntry {
   readonly fd: number;
 }
 
-/** Why the device answers no more: it is broken for good, or gone. */
-export class BrokenDevice extends Error {}
+/** What a `VduseDevice` throws: it is broken for good, or gone; the reason. */
+export class BrokenVduseDevice extends Error {}
 
-/** An open device. Methods throw `BrokenDevice` once it is broken. */
+/** An open device. Methods throw `BrokenVduseDevice` once it is broken. */
 export interface VduseDevice {
   /** Calls `handler` when there may be messages, or it has broken. */
   watch(handler: () => void): () => void;

@@ -12,7 +12,7 @@ import { check, Errno } from "../../ffi/errors.ts";
 import { eventLoop } from "../../ffi/event_loop.ts";
 import { attachmentError, createError, openError } from "./failure.ts";
 import {
-  BrokenDevice,
+  BrokenVduseDevice,
   type VduseDescription,
   type VduseDevice,
   type VduseEntry,
@@ -46,7 +46,9 @@ class LinuxVduseDevice implements VduseDevice {
   }
 
   #check(result: number, action: string): number {
-    if (result === -Errno.EPERM) throw new BrokenDevice("the kernel says so");
+    if (result === -Errno.EPERM) {
+      throw new BrokenVduseDevice("the kernel says so");
+    }
     return check(result, `Cannot ${action} of VDUSE device ${this.#name}`);
   }
 

@@ -12,6 +12,7 @@ import type { VduseKernel } from "./kernel.ts";
 import { linuxKernel } from "./linux.ts";
 import { VduseTransport } from "./transport.ts";
 
+export { BrokenVduseDevice } from "./kernel.ts";
 export type {
   VduseDescription,
   VduseDevice,

@@ -14,7 +14,7 @@ import { VduseConnection } from "./connection.ts";
 import { deviceTypeOf } from "./device_type.ts";
 import { VduseFrontEnd } from "./front_end.ts";
 import {
-  BrokenDevice,
+  BrokenVduseDevice,
   type VduseDescription,
   type VduseDevice,
   type VduseKernel,
@@ -100,9 +100,14 @@ export class VduseTransport implements Transport {
     this.#host.connected(connection).then(() => this.#sessionEnded(serving));
     try {
       const description = await frontEnd.introduce();
-      serving.device = await this.#open(description);
+      const device = await this.#open(connection, description);
+      if (!connection.isOpen) {
+        device.close();
+        throw connection.ended();
+      }
+      serving.device = device;
       frontEnd.onBroken = (reason) => this.#broke(serving, reason);
-      frontEnd.serve(serving.device, this.#log);
+      frontEnd.serve(device, this.#log);
       if (!isAttached) return;
       await this.#attach();
       if (this.#kernel.driverOf(name) !== null) return;
@@ -126,7 +131,10 @@ export class VduseTransport implements Transport {
   }
 
   /** The device of that name if it is the same; otherwise a new one. */
-  async #open(description: VduseDescription): Promise<VduseDevice> {
+  async #open(
+    connection: VduseConnection,
+    description: VduseDescription,
+  ): Promise<VduseDevice> {
     const { name } = this.#options;
     const found = this.#kernel.open(name);
     if (found !== null) {
@@ -135,6 +143,8 @@ export class VduseTransport implements Transport {
       found.close();
       // Only the driver's end ends a broken device.
       if (this.#isBroken && this.#options.isAttached) await this.#detach();
+      // Nobody would serve a new one, nor detach it.
+      if (!connection.isOpen) throw connection.ended();
       if (!this.#kernel.destroy(name)) {
         throw new Vhost2Error(
           "IN_USE",
@@ -168,7 +178,12 @@ export class VduseTransport implements Transport {
       return device;
     } catch (error) {
       device.close();
-      throw error;
+      if (!(error instanceof BrokenVduseDevice)) throw error;
+      this.#isBroken = true;
+      throw new Vhost2Error(
+        "SYSTEM",
+        `Cannot set up VDUSE device ${name}: it is broken (${error.message})`,
+      );
     }
   }
 
@@ -177,7 +192,7 @@ export class VduseTransport implements Transport {
     try {
       found.setConfig(config);
     } catch (error) {
-      if (error instanceof BrokenDevice) {
+      if (error instanceof BrokenVduseDevice) {
         this.#isBroken = true;
         return false;
       }
@@ -227,8 +242,10 @@ export class VduseTransport implements Transport {
     try {
       await this.start();
     } catch (error) {
-      // The session ends too, and `disconnected` follows.
-      this.#host.failed(error as Vhost2Error);
+      // The session ends too, and `#next` follows. One that has ended before
+      // was told of then.
+      const { code } = error as Vhost2Error;
+      if (code !== "CLOSED") this.#host.failed(error as Vhost2Error);
     }
   }
 

@@ -18,6 +18,7 @@ import {
 } from "node:fs";
 import { core } from "../../../ffi/core.ts";
 import { Vhost2Error } from "../../../ffi/errors.ts";
+import { requireInteger } from "../../limits.ts";
 import type { Frames } from "../frames.ts";
 import type { PortableCapture } from "./end.ts";
 
@@ -76,15 +77,7 @@ export class PcapFile {
    * @throws Vhost2Error OPTION when the file cannot be written
    */
   static create(path: string, snapLength: number): PcapFile {
-    if (
-      !Number.isInteger(snapLength) || snapLength < 1 ||
-      snapLength > maxSnapLength
-    ) {
-      throw new Vhost2Error(
-        "OPTION",
-        `Cannot use snapLength: ${snapLength} (a whole number from 1 to ${maxSnapLength})`,
-      );
-    }
+    requireInteger("snapLength", snapLength, 1, maxSnapLength);
     const shared = new SharedArrayBuffer(Double.count * 8);
     const file = new PcapFile({ path, snapLength, shared }, true);
     const view = file.#view;
@@ -93,7 +86,12 @@ export class PcapFile {
     view.setUint16(6, 4, true);
     view.setUint32(16, snapLength, true);
     view.setUint32(20, linkTypeEthernet, true);
-    file.#write(fileHeaderBytes);
+    try {
+      file.#write(fileHeaderBytes);
+    } catch (error) {
+      closeSync(file.#fd);
+      throw cannot("write", path, (error as Error).cause);
+    }
     return file;
   }
 

@@ -9,6 +9,7 @@ import { core } from "../../../ffi/core.ts";
 import { check, Errno, errnoName, Vhost2Error } from "../../../ffi/errors.ts";
 import { eventLoop, type Watch } from "../../../ffi/event_loop.ts";
 import { activate, deactivate, type Turn } from "../../../virtqueue/poller.ts";
+import { requireInteger } from "../../limits.ts";
 import { Frames } from "../frames.ts";
 import { type EndPort, type NetEnd, type NetLink, Offload } from "./end.ts";
 
@@ -264,13 +265,7 @@ class TapPort implements EndPort {
  * @throws Vhost2Error OPTION when there can be no such interface
  */
 export function tapEnd(options: TapOptions): NetEnd {
-  const { numQueues = 1 } = options;
-  if (!Number.isInteger(numQueues) || numQueues < 1 || numQueues > 127) {
-    throw new Vhost2Error(
-      "OPTION",
-      `Cannot use numQueues: ${numQueues} (a whole number from 1 to 127)`,
-    );
-  }
+  const numQueues = requireInteger("numQueues", options.numQueues ?? 1, 1, 127);
   const fds: number[] = [];
   const close = () => {
     for (const fd of fds.splice(0)) core.descriptorClose(fd);
