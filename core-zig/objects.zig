@@ -146,3 +146,38 @@ test "an object grows in place within its size, over sizes by moving" {
     }
     made.free(object);
 }
+
+test "threads share a list, and no object is two threads' at once" {
+    const kit = testing();
+    defer std.testing.allocator.destroy(kit.objects);
+    const Worker = struct {
+        made: std.mem.Allocator,
+        number: u8,
+        is_through: bool = false,
+
+        fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
+            const self: *@This() = @ptrCast(@alignCast(argument.?));
+            for (0..200_000) |_| {
+                var all: [3]*[8]u8 = undefined;
+                for (&all) |*object| {
+                    object.* = self.made.create([8]u8) catch return null;
+                    object.*.* = @splat(self.number);
+                }
+                for (all) |object| {
+                    if (std.mem.indexOfNone(u8, object, &.{self.number}) != null) return null;
+                    self.made.destroy(object);
+                }
+            }
+            self.is_through = true;
+            return null;
+        }
+    };
+    var workers: [4]Worker = undefined;
+    var threads: [4]sync.Thread = undefined;
+    for (&workers, &threads, 1..) |*worker, *thread, number| {
+        worker.* = .{ .made = kit.made, .number = @intCast(number) };
+        thread.* = sync.Thread.spawn(Worker.run, worker).?;
+    }
+    for (threads) |thread| thread.join();
+    for (workers) |worker| try std.testing.expect(worker.is_through);
+}

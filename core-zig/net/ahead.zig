@@ -28,3 +28,7 @@ pub fn lookAhead(handle: u32, scratch: [*]u32, scratch_words: u32) callconv(.c) 
     }
     return popped;
 }
+
+test {
+    _ = @import("ahead_test.zig");
+}

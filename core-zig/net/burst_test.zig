@@ -236,6 +236,27 @@ test "a partial checksum is completed for a driver that does not do that" {
     try expect(guest.get(u16, Guest.buffers + 2048 + 12 + 40) != 0x0101);
 }
 
+test "the header of a driver without VERSION_1 has no number of buffers" {
+    const guest = try Guest.start(.{ .size = 64, .header_bytes = 10 });
+    defer guest.stop();
+    const caller = try Caller.create();
+    defer caller.destroy();
+    offerBuffers(guest, 0, &.{200});
+    guest.fill(Guest.buffers, &(@as([100]u8, @splat(0xee))));
+    caller.put(0, 32, 60, 0x42);
+    try expectEqual(1, (try caller.send(guest, 1, layout.flag_net_short_header)).frames);
+    try expectEqual(70, guest.usedAt(0).length);
+    for (guest.at(Guest.buffers)[0..10]) |byte| try expectEqual(0, byte);
+    for (guest.at(Guest.buffers)[10..70]) |byte| try expectEqual(0x42, byte);
+    try expectEqual(0xee, guest.get(u8, Guest.buffers + 70));
+    // What has just been written is a frame of the other direction.
+    guest.describe(Guest.descriptors, 1, Guest.buffers, 70, 0, 0);
+    guest.offer(1);
+    try expectEqual(1, (try caller.receive(guest, 64, 0)).frames);
+    try expectEqual(60, caller.frame(0).len);
+    for (caller.frame(0)) |byte| try expectEqual(0x42, byte);
+}
+
 test "parameters outside the caller's buffer are refused" {
     const guest = try Guest.start(.{ .size = 64 });
     defer guest.stop();

@@ -4,6 +4,8 @@ const std = @import("std");
 const layout = @import("../layout.zig");
 const linux = @import("../linux.zig");
 const fault = @import("../memory/fault.zig");
+const dirty_log = @import("../memory/dirty_log.zig");
+const SharedLog = @import("../memory/dirty_log_test.zig").SharedLog;
 const rings = @import("../ring/ring.zig");
 const fake_guest = @import("../ring/fake_guest.zig");
 const packed_guest = @import("../ring/fake_packed_guest.zig");
@@ -151,6 +153,33 @@ test "a buffer over the border of two regions is one frame all the same" {
     try expectEqual(0x42, guest.get(u8, fake_guest.high + 61));
 }
 
+test "a buffer may end where memory does, and not a byte later" {
+    for ([_]u16{ 0, write }) |flags| {
+        for ([_]u32{ 0, 1 }) |beyond| {
+            const guest = try Guest.start(.{ .size = 64, .header_bytes = 12 });
+            defer guest.stop();
+            const caller = try Caller.create();
+            defer caller.destroy();
+            caller.put(0, 32, 60, 1);
+            const end = fake_guest.high + fake_guest.region_size;
+            guest.describe(Guest.descriptors, 0, end - 72, 72 + beyond, flags, 0);
+            guest.offer(0);
+            if (beyond == 0) {
+                const progress = if (flags == 0) try caller.receive(guest, 64, 0) else try caller.send(guest, 1, 0);
+                try expectEqual(1, progress.frames);
+                continue;
+            }
+            const result = if (flags == 0)
+                burst.receive(guest.ring, &caller.scratch, caller.scratch.len, &caller.frames, 64, &caller.buffer, caller.buffer.len, 0, &caller.counts)
+            else
+                burst.send(guest.ring, &caller.scratch, caller.scratch.len, &caller.frames, 0, 1, &caller.buffer, caller.buffer.len, 0, &caller.counts);
+            try expectEqual(linux.fail(.PROTO), result);
+            try expectEqual(layout.broken_unmapped, guest.state().broken);
+            try expectEqual(end, guest.state().broken_value);
+        }
+    }
+}
+
 test "IN_ORDER: one used element returns all the frames that a driver sent" {
     const guest = try Guest.start(.{ .size = 64, .header_bytes = 12, .features = fake_guest.feature_in_order });
     defer guest.stop();
@@ -215,4 +244,119 @@ test "memory that goes away in the middle breaks the ring, and gives nothing bac
     try receiveFails(caller, guest, linux.fail(.FAULT));
     try expectEqual(0, guest.usedIndex());
     try expectEqual(layout.broken_memory, guest.state().broken);
+}
+
+/// A queue of `Guest`'s, which its front-end may ask to log.
+fn logOf(guest: *Guest, log: SharedLog, used: u64) !void {
+    var result: layout.PrepareResult = undefined;
+    try expectEqual(0, dirty_log.setBase(guest.memory, log.fd, log.bytes.len, 0, &result));
+    try expectEqual(0, dirty_log.setRing(guest.memory, 3, 1, used));
+}
+
+test "the dirty log has the buffers of a burst while they are logged, and the used ring always" {
+    const guest = try Guest.start(.{ .size = 64, .flags = layout.flag_ring_logged });
+    defer guest.stop();
+    const caller = try Caller.create();
+    defer caller.destroy();
+    const log: SharedLog = .init(0x2000);
+    defer log.deinit();
+    try logOf(guest, log, Guest.used);
+    for ([_]u32{ 0, 1, 0 }, 0..) |is_logging, round| {
+        try expectEqual(0, dirty_log.setLogging(guest.memory, is_logging));
+        // In pages of their own: 2 KiB for each, and the second's at an edge.
+        const head: u16 = @intCast(16 * round);
+        burst_test.offerBuffers(guest, head, &.{200});
+        burst_test.offerBuffers(guest, head + 6, &.{200});
+        caller.put(0, 32, 60, 1);
+        caller.put(1, 128, 61, 1);
+        try expectEqual(2, (try caller.send(guest, 2, 0)).frames);
+        try expectEqual(is_logging != 0, log.isSet(Guest.buffers + @as(u64, head) * 2048));
+        try expectEqual(is_logging != 0, log.isSet(Guest.buffers + @as(u64, head + 6) * 2048));
+        try std.testing.expect(log.isSet(Guest.used));
+        try expectEqual(1 + 2 * is_logging, log.take());
+        // What the driver sends is not written: the used ring's page alone.
+        offerPlain(guest, 60, 60, 1, &.{72});
+        _ = try caller.receive(guest, 64, 0);
+        try std.testing.expect(log.isSet(Guest.used));
+        try expectEqual(1, log.take());
+    }
+}
+
+test "packed rings: the dirty log has the buffers of a burst, and the used descriptors' pages" {
+    var guest = try PackedGuest.start(.{ .size = 600, .flags = layout.flag_ring_logged });
+    defer guest.stop();
+    const caller = try Caller.create();
+    defer caller.destroy();
+    const log: SharedLog = .init(0x2000);
+    defer log.deinit();
+    try logOf(guest.guest, log, PackedGuest.device_event);
+    caller.put(0, 32, 60, 1);
+    // A page has 256 descriptors: the second one is written from there on.
+    for (0..300) |i| {
+        const is_logging: u32 = @intFromBool(i >= 280);
+        try expectEqual(0, dirty_log.setLogging(guest.guest.memory, is_logging));
+        guest.offer(7, &.{.{ Guest.buffers, 200, write }});
+        try expectEqual(1, (try caller.send(guest.guest, 1, 0)).frames);
+        try expectEqual(7, guest.take().?.id);
+        const place = PackedGuest.table + @as(u64, i) * 16;
+        try std.testing.expect(log.isSet(place));
+        try expectEqual(is_logging != 0, log.isSet(Guest.buffers));
+        // The last one of a page ends where the next one is.
+        try expectEqual(1 + is_logging, log.take());
+    }
+}
+
+test "a driver is called once for a burst, when it wants that" {
+    for ([_]bool{ false, true }) |is_sent| {
+        const guest = try Guest.start(.{ .size = 64, .header_bytes = 12, .features = fake_guest.feature_event_idx });
+        defer guest.stop();
+        const caller = try Caller.create();
+        defer caller.destroy();
+        for (0..3) |i| caller.put(@intCast(i), @intCast(32 + 128 * i), 60, 1);
+        var used: u16 = 0;
+        // The first time in any case, then where the event is passed.
+        for ([_]struct { u16, u32 }{ .{ 40, 1 }, .{ 40, 0 }, .{ 6, 1 }, .{ 8, 0 }, .{ 14, 1 } }) |case| {
+            guest.setUsedEvent(case[0]);
+            for (0..3) |i| {
+                const head: u16 = (used + @as(u16, @intCast(i))) * 2;
+                if (is_sent) burst_test.offerBuffers(guest, head, &.{200}) else offerPlain(guest, head, 60, 1, &.{72});
+            }
+            const progress = if (is_sent) try caller.send(guest, 3, 0) else try caller.receive(guest, 64, 0);
+            if (is_sent) for (0..3) |i| caller.put(@intCast(i), @intCast(32 + 128 * i), 60, 1);
+            try expectEqual(3, progress.frames);
+            try expectEqual(case[1], progress.call);
+            used += 3;
+        }
+    }
+}
+
+test "a call that the single buffers ask for is not lost by the chains behind them" {
+    const guest = try Guest.start(.{ .size = 64, .header_bytes = 12, .features = fake_guest.feature_event_idx });
+    defer guest.stop();
+    const caller = try Caller.create();
+    defer caller.destroy();
+    offerPlain(guest, 0, 60, 1, &.{72});
+    _ = try caller.receive(guest, 64, 0);
+    // The event is passed by the second, and not by the third.
+    guest.setUsedEvent(1);
+    offerPlain(guest, 8, 60, 1, &.{72});
+    offerPlain(guest, 16, 60, 1, &.{ 12, 60 });
+    const progress = try caller.receive(guest, 64, 0);
+    try expectEqual(2, progress.frames);
+    try expectEqual(1, progress.call);
+}
+
+test "what is tracked in an inflight region goes there, also in buffers of one piece" {
+    const guest = try Guest.start(.{ .size = 64, .header_bytes = 12, .inflight_size = 64 });
+    defer guest.stop();
+    const caller = try Caller.create();
+    defer caller.destroy();
+    for (0..5) |i| offerPlain(guest, @intCast(i), 60, 1, &.{72});
+    try expectEqual(5, (try caller.receive(guest, 64, 0)).frames);
+    // used_idx, and the head that was returned last (split_inflight.zig).
+    try expectEqual(5, std.mem.readInt(u16, guest.part()[14..16], .little));
+    try expectEqual(4, std.mem.readInt(u16, guest.part()[12..14], .little));
+    try std.testing.expect(guest.restart() > 0);
+    try expectEqual(0, guest.state().to_resubmit);
+    try expectEqual(5, guest.state().last_available);
 }
