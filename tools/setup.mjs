@@ -184,6 +184,7 @@ async function fetchGuest(recipe) {
 async function buildGuestTools() {
   await buildGuestTool("verify", "disk verifier");
   await buildGuestTool("transfer", "TCP transfer");
+  await buildGuestTool("vhost_vdpa", "user of a vDPA disk");
 }
 
 /** @param {string} name @param {string} what */

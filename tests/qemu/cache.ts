@@ -16,6 +16,8 @@ export interface GuestCache {
   verify: string;
   /** What moves bytes over TCP, static, from transfer.zig. */
   transfer: string;
+  /** A user of the kernel's vhost_vdpa, static, from vhost_vdpa.zig. */
+  vhostVdpa: string;
 }
 
 /** The project's folder: the nearest above with the tools in it. */
@@ -77,6 +79,7 @@ export function guestCache(kernel: KernelName = "release"): GuestCache {
     ),
     verify: tool("verify"),
     transfer: tool("transfer"),
+    vhostVdpa: tool("vhost_vdpa"),
   };
 }
 

@@ -105,6 +105,7 @@ export function buildInitramfs(
   }
   archive.file("bin/verify", readFileSync(cache.verify), 0o755);
   archive.file("bin/transfer", readFileSync(cache.transfer), 0o755);
+  archive.file("bin/vhost_vdpa", readFileSync(cache.vhostVdpa), 0o755);
   const order: string[] = [];
   const wanted = [
     ...MODULES,

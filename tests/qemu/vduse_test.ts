@@ -39,12 +39,16 @@ function toolFiles(files: ReturnType<typeof projectFiles>) {
   return files;
 }
 
-function startVduseGuest(script: string): Promise<Guest> {
+/** @param driver who takes what is on the vDPA bus */
+function startVduseGuest(
+  script: string,
+  driver: "virtio_vdpa" | "vhost_vdpa" = "virtio_vdpa",
+): Promise<Guest> {
   return startGuest({
     kernel: "vdpa",
     memoryMb: 1536,
     extras: {
-      modules: ["vduse", "virtio_vdpa", "virtio_blk", "virtio_net", "tun"],
+      modules: ["vduse", driver, "virtio_blk", "virtio_net", "tun"],
       files: toolFiles(projectFiles(["tests/qemu/shuffling_disk.ts"])),
     },
     lifetimeMs: 280_000,
@@ -249,5 +253,72 @@ vduseTest(
     }
     await has(/^left: control$/);
     assert.equal(await guest.exited, 0);
+  },
+);
+
+vduseTest(
+  "a disk of ours works in memory that the user of vhost_vdpa maps and unmaps, over resets and the ends of the back-end and of the user",
+  async () => {
+    await using guest = await startVduseGuest(
+      `
+      truncate -s ${4 * MiB} /tmp/disk
+      disk() {
+        serve serving cli/main.ts blk --vduse disk0 --blk-file /tmp/disk \\
+          --num-queues 2
+      }
+      until_user() {
+        for n in $(seq 600); do
+          grep -q "vhost_vdpa $1" /tmp/user && return
+          usleep 50000
+        done
+        cat /tmp/user; return 1
+      }
+      device=/dev/vhost-vdpa-0
+      disk
+      for n in $(seq 100); do [ -c $device ] && break; usleep 50000; done
+      echo driver: $(basename $(readlink /sys/bus/vdpa/devices/disk0/driver))
+      vhost_vdpa $device || { cat /tmp/said; exit 1; }
+      # Requests are made while nobody serves the device.
+      mkfifo /tmp/go
+      vhost_vdpa $device /tmp/go >/tmp/user & user=$!
+      until_user paused
+      kill -KILL $pid; wait $pid || echo "back-end killed"
+      echo >/tmp/go
+      until_user submitted
+      disk
+      wait $user || { cat /tmp/said; exit 1; }
+      cat /tmp/user
+      # A back-end that is ended leaves the device to its user.
+      vhost_vdpa $device /tmp/go >/tmp/user & user=$!
+      until_user paused
+      end
+      disk
+      echo >/tmp/go
+      wait $user || { cat /tmp/said; exit 1; }
+      cat /tmp/user
+      # One that is killed leaves its rings and mappings to the kernel.
+      rm /tmp/user
+      vhost_vdpa $device /tmp/go >/tmp/user & user=$!
+      until_user paused
+      kill -KILL $user; wait $user || echo "user killed"
+      vhost_vdpa $device
+      end
+      echo left: $(ls /dev/vduse) $(ls /run/vhost2) $(ls /dev | grep vhost-vdpa)
+      `,
+      "vhost_vdpa",
+    );
+    const has = async (pattern: RegExp) => (await guest.waitFor(pattern))[0];
+    await has(/^driver: vhost_vdpa$/);
+    await has(/^vhost_vdpa ok: /);
+    await has(/^back-end killed$/);
+    await has(/^vhost_vdpa ok: /);
+    await has(/ it is attached, and waits for the next process/);
+    await has(/^vhost_vdpa ok: /);
+    await has(/^user killed$/);
+    await has(/^vhost_vdpa ok: /);
+    await has(/^left: control$/);
+    assert.equal(await guest.exited, 0);
+    const said = guest.lines.join("\n");
+    assert.doesNotMatch(said, /FAILED|Cannot (?!destroy)/);
   },
 );

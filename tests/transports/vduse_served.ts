@@ -19,7 +19,7 @@ import { type ModelDevice, VduseModel } from "../support/vduse_model.ts";
 import { Events, within } from "../support/wait.ts";
 
 const packed = 1n << 34n;
-/** What a driver has to accept: VERSION_1 and ACCESS_PLATFORM. */
+/** What any driver is offered: VERSION_1 and ACCESS_PLATFORM. */
 export const needed = 3n << 32n;
 
 /** Memory as the kernel's own, or as a process's behind `vhost_vdpa`. */
@@ -31,6 +31,8 @@ export interface DriverOptions {
   readonly queueSize?: number;
   /** Not yet made ready. */
   readonly late?: readonly number[];
+  /** Features that it does not accept. */
+  readonly refused?: bigint;
 }
 
 /** The kernel's driver of a device, with memory and queues. */
@@ -68,7 +70,7 @@ export class ModelDriver {
     assert.ok(await device.setStatus(0));
     assert.ok(await device.setStatus(3));
     device.driverFeatures = device.description.features &
-      (options.isPacked ?? true ? -1n : ~packed);
+      (options.isPacked ?? true ? -1n : ~packed) & ~(options.refused ?? 0n);
     assert.ok(await device.setStatus(11));
     const driver = new ModelDriver(
       device,

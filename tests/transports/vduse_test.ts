@@ -90,6 +90,25 @@ for (const memory of ["window", "files"] as const satisfies MemoryKind[]) {
   }
 }
 
+test("a driver need not accept ACCESS_PLATFORM, and has to accept VERSION_1", () =>
+  withDisk(
+    async ({ device, errors }) => {
+      // As QEMU without an IOMMU: its IOVAs are the guest's addresses.
+      const refused = 1n << 33n;
+      const driver = await ModelDriver.probe(device, {
+        memory: "files",
+        refused,
+      });
+      await exercise(driver);
+      driver.close();
+      assert.ok(await device.setStatus(0));
+      device.driverFeatures &= ~(1n << 32n);
+      assert.ok(!await device.setStatus(11));
+      assert.match((await errors.next()).message, /it accepts/);
+    },
+    { errorsExpected: true },
+  ));
+
 test("interrupts that the kernel does not take yet are tried again", () =>
   withDisk(async ({ device }) => {
     const answered = deferred<void>();
@@ -261,6 +280,32 @@ test("a device that stays is taken up by the next target, with nothing lost", as
       assert.equal(kernel.devices.size, 0);
     },
     { kernel, stay: true },
+  );
+});
+
+test("a device that a virtual machine runs with is not detached, and waits for the next target", async () => {
+  const kernel = new VduseModel();
+  kernel.driver = "vhost_vdpa";
+  await withDisk(
+    async ({ device, options, target, errors }) => {
+      const driver = await ModelDriver.probe(device, { memory: "files" });
+      await exercise(driver);
+      await target.unregister();
+      assert.match((await errors.next()).message, /waits for the next process/);
+      assert.ok(device.isAttached);
+      const waiting = exercise(driver);
+      const disk = blkDevice({ backing: memoryBacking(1 << 20), numQueues: 2 });
+      const next = await registerTarget({ ...disk, ...options });
+      await within(waiting, "what waited");
+      assert.equal(kernel.created, 1);
+      // Once the machine has let go of it, it goes.
+      assert.ok(await device.setStatus(0));
+      driver.close();
+      await next.unregister();
+      await disk.close();
+      assert.equal(kernel.devices.size, 0);
+    },
+    { kernel, errorsExpected: true },
   );
 });
 

@@ -34,11 +34,11 @@ import type { RecoveryLog, Run } from "./recovery_log.ts";
 /** Bits of a device's status (virtio 1.3, section 2.1). */
 const Status = { driverOk: 4, featuresOk: 8 } as const;
 
-/** What a driver has to accept. */
-const needed = featureMask(
-  VirtioFeature.VERSION_1,
-  VirtioFeature.ACCESS_PLATFORM,
-);
+/**
+ * What a driver has to accept. Not ACCESS_PLATFORM: a machine without an IOMMU
+ * is not offered it by QEMU, which maps the guest's memory at its own addresses.
+ */
+const needed = featureMask(VirtioFeature.VERSION_1);
 
 /**
  * A queue that is not ready at DRIVER_OK is looked at again: nothing tells.
@@ -86,6 +86,11 @@ export class VduseFrontEnd {
     this.#connection = connection;
     this.#options = options;
     this.#addresses = new AddressSpace(connection);
+  }
+
+  /** A driver has said DRIVER_OK, and no reset since. */
+  get isRunning(): boolean {
+    return this.#running !== undefined;
   }
 
   /** Asks the session what is to be created. */

@@ -251,14 +251,26 @@ export class VduseTransport implements Transport {
 
   /**
    * While the session still serves: the driver finishes what it has begun. It
-   * does not ask whether a disk is mounted.
+   * does not ask whether a disk is mounted. From a virtual machine it is not
+   * taken away: that waits for the next process.
    */
   async dismiss(): Promise<void> {
     this.#isClosing = true;
     const { isAttached, stays } = this.#options;
     // Where nobody answers the driver cannot let go.
     const isServed = this.#serving?.device !== undefined;
-    if (isAttached && !stays && isServed) await this.#detach();
+    if (isAttached && !stays && isServed && !this.#isLent()) {
+      await this.#detach();
+    }
+  }
+
+  /**
+   * A virtual machine runs with it. The kernel would wait for its end, with
+   * all of vDPA locked, and a process whose thread waits there cannot end.
+   */
+  #isLent(): boolean {
+    const driver = this.#kernel.driverOf(this.#options.name);
+    return driver === "vhost_vdpa" && this.#serving!.frontEnd.isRunning;
   }
 
   async #detach(): Promise<void> {
