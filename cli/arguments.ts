@@ -132,6 +132,11 @@ function parseBlk(words: string[]): Command {
   if (values.direct && source.kind !== "file") {
     throw new UsageError("--direct needs --blk-file: only files have a cache");
   }
+  if (values.postcopy && values.vduse !== undefined) {
+    throw new UsageError(
+      "--postcopy is of virtual machines on a socket: --vduse has none",
+    );
+  }
   return {
     name: "blk",
     arguments: {

@@ -74,6 +74,17 @@ export function parseNet(words: string[]): Command {
       "a --switch is in one thread: it takes no --workers",
     );
   }
+  const numQueues = parseCount(
+    "num-queues",
+    values["num-queues"] ?? "1",
+    1,
+    127,
+  );
+  if (numQueues > 1 && values.vduse !== undefined) {
+    throw new UsageError(
+      `--num-queues ${numQueues} is too much for --vduse: the kernel takes cards with one queue pair`,
+    );
+  }
   const polled = values["poll-us"];
   return {
     name: "net",
@@ -83,7 +94,7 @@ export function parseNet(words: string[]): Command {
         parsePlace({ ...values, "socket-path": path })
       ),
       pcap: values.pcap,
-      numQueues: parseCount("num-queues", values["num-queues"] ?? "1", 1, 127),
+      numQueues,
       mac,
       mtu: mtu === undefined ? undefined : parseCount("mtu", mtu, 68, 65535),
       workers,

@@ -70,6 +70,12 @@ const mistakes: [string, string[], number, RegExp][] = [
     /--no-attach and --stay need --vduse/,
   ],
   [
+    "postcopy without a virtual machine",
+    ["blk", "--memory", "1M", "--vduse", "a", "--postcopy"],
+    2,
+    /--postcopy is of virtual machines on a socket/,
+  ],
+  [
     "a device name that is none",
     ["blk", "--memory", "1M", "--vduse", "../a"],
     1,

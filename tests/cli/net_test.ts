@@ -30,6 +30,12 @@ test("net --help names every option", async () => {
 const socket = ["--socket-path", "FOLDER/s"];
 /** Words, exit code, and the sentence; FOLDER is a folder of the test's own. */
 const mistakes: [string, string[], number, RegExp][] = [
+  [
+    "more queues than the kernel takes",
+    ["--vduse", "a", "--echo", "--num-queues", "2"],
+    2,
+    /--num-queues 2 is too much for --vduse/,
+  ],
   ["no end", socket, 2, /a card needs --tap NAME, --switch NAME, --echo or/],
   ["no socket", ["--echo"], 2, /a socket is needed/],
   [
