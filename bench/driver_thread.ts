@@ -6,7 +6,12 @@
  */
 
 import { spawnSync } from "node:child_process";
-import { isMainThread, parentPort, Worker } from "node:worker_threads";
+import {
+  isMainThread,
+  parentPort,
+  Worker,
+  workerData,
+} from "node:worker_threads";
 import { layouts } from "../ffi/abi.gen.ts";
 import { core } from "../ffi/core.ts";
 import { check } from "../ffi/errors.ts";
@@ -26,7 +31,11 @@ interface Answer {
 
 /** A running thread. */
 export class DriverThread {
-  readonly #worker = new Worker(new URL(import.meta.url));
+  // The number goes along: a thread that begins on the other processor alone
+  // counts no more than that one.
+  readonly #worker = new Worker(new URL(import.meta.url), {
+    workerData: { cpu: backendCpu },
+  });
 
   /** Resolves when the load is done; this thread serves it meanwhile. */
   async run(load: Load, place: LoadPlace): Promise<LoadFigures> {
@@ -49,7 +58,7 @@ export class DriverThread {
 
 if (!isMainThread) {
   const thread = String(core.threadId());
-  spawnSync("taskset", ["-c", "-p", String(backendCpu), thread]);
+  spawnSync("taskset", ["-c", "-p", String(workerData.cpu), thread]);
   parentPort!.on("message", (config: Uint8Array<ArrayBuffer>) => {
     const out = new BigUint64Array(layouts.LoadResult.byteSize / 8);
     const code = core.loadRun(config, out);
