@@ -19,11 +19,18 @@ import {
   type Turn,
 } from "./poller.ts";
 import { Request } from "./request.ts";
-import { brokenReason, createRing, lastAvailable, toResubmit } from "./ring.ts";
+import {
+  brokenReason,
+  createRing,
+  lastAvailable,
+  type RingOptions,
+  toResubmit,
+} from "./ring.ts";
 import type { StartedQueue } from "./started_queue.ts";
 
 /** How a queue is to be processed. */
-export interface VirtqueueOptions {
+export interface VirtqueueOptions
+  extends Pick<RingOptions, "headerBytes" | "trailerBytes"> {
   /**
    * Called when `count` requests are in `virtqueue.batch`. What it needs
    * beyond its return it must copy. It may answer how many bytes it has moved,
@@ -57,10 +64,6 @@ export interface VirtqueueOptions {
    * flight are taken to wait for JavaScript: a timer, a promise, a fetch.
    */
   endsByEvents?(): boolean;
-  /** Readable bytes at the start of each request, copied out; 0 unless given. */
-  readonly headerBytes?: number;
-  /** 1: the last writable byte (a status) is kept apart; 0 unless given. */
-  readonly trailerBytes?: number;
   /** Requests per batch, at most; 64 unless given. */
   readonly maxBatch?: number;
   /**
@@ -73,9 +76,9 @@ export interface VirtqueueOptions {
 }
 
 /**
- * How often an empty ring is looked at again after work, before the event loop
- * gets its turn: about a microsecond, in which a driver that answers at once
- * is met without the cost of going round the loop.
+ * How often an empty ring is looked at again after work, before others get
+ * their turn: about a microsecond, in which a driver that answers at once is met
+ * without the cost of going round.
  */
 const looksPerTurn = 50;
 

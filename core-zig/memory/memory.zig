@@ -31,6 +31,7 @@ const Atomic = std.atomic.Value;
 const Mapping = mapping.Mapping;
 pub const Table = tables.Table;
 pub const Piece = tables.Piece;
+pub const Window = tables.Window;
 pub const Cache = tables.Cache;
 pub const copyBytes = copying.copy;
 

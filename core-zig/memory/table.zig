@@ -96,6 +96,15 @@ pub const Piece = struct {
     length: u32,
 };
 
+/// All that is mapped of one view around an address: what is looked up next is
+/// mostly there too.
+pub const Window = struct {
+    start: u64 = 0,
+    length: u64 = 0,
+    pointer: [*]u8 = undefined,
+    view: u32 = 0,
+};
+
 /// The region hit last, a hint that is checked on each use.
 pub const Cache = struct { index: u32 = 0 };
 
@@ -202,6 +211,18 @@ pub const Table = struct {
             .view = range.view_first + @as(u32, @intCast(offset >> layout.view_shift)),
             .offset = in_view,
             .length = @intCast(@min(left, length)),
+        };
+    }
+
+    /// The window of a guest physical address; null where nothing is mapped.
+    pub fn window(self: *const Table, cache: *Cache, address: u64) ?Window {
+        const found = self.piece(cache, layout.space_gpa, address, layout.view_size) orelse return null;
+        // A view's offset 0 is mapped too: all of it can be reached.
+        return .{
+            .start = address - found.offset,
+            .length = @as(u64, found.offset) + found.length,
+            .pointer = found.pointer - found.offset,
+            .view = found.view,
         };
     }
 

@@ -81,14 +81,14 @@ const Chains = struct {
 
     /// The first bytes of a chain's first buffer, some chains ahead, begin to
     /// come from the driver's processor.
-    inline fn expect(self: *const Chains, table: *const memory.Table, index: u32, comptime is_written: bool) void {
+    inline fn expect(self: *const Chains, table: *const memory.Table, index: u32, comptime prefetchLine: anytype) void {
         if (index + chains_ahead >= self.count) return;
         const record = self.at(index + chains_ahead);
         const segment = &self.segments[record.segment_first];
         if (record.readable_count + record.writable_count == 0) return;
         const pointer = table.pointerOf(segment.view, segment.offset, 1) orelse return;
-        if (is_written) prefetch.forWriting(pointer) else prefetch.forReading(pointer);
-        if (is_written) prefetch.forWriting(pointer + 64) else prefetch.forReading(pointer + 64);
+        prefetchLine(pointer);
+        prefetchLine(pointer + 64);
     }
 
     /// Those from `first` on stay in the ring.
@@ -195,7 +195,7 @@ pub const Receiver = struct {
         self.table = self.ring.memory.current();
         var index: u32 = 0;
         while (index < self.chains.count) : (index += 1) {
-            self.chains.expect(self.table, index, false);
+            self.chains.expect(self.table, index, prefetch.forReading);
             const record = self.chains.at(index);
             const length = record.readable_bytes;
             const header = checkedHeader(&self.chains, index, self.ring.header_bytes, self.flags) orelse {
@@ -381,7 +381,7 @@ pub const Sender = struct {
         const size: u32 = if (self.flags & layout.flag_net_short_header != 0) header_size - 2 else header_size;
         var index: u32 = 0;
         while (index < self.chains.count and self.progress.frames < self.frames.len) {
-            self.chains.expect(self.table, index, true);
+            self.chains.expect(self.table, index, prefetch.forWriting);
             const frame = self.frames[self.progress.frames];
             const bytes = (self.buffer + frame.offset)[0..frame.length];
             var header = self.prepared(bytes) orelse {

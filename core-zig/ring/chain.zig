@@ -195,15 +195,8 @@ pub fn Batch(comptime is_translated: bool) type {
                 }
                 return;
             }
-            const found = self.table.piece(self.cache, layout.space_gpa, address, layout.view_size) orelse
-                return self.breach(layout.broken_unmapped, address);
-            // A view's offset 0 is mapped too: all of it can be reached.
-            self.window = .{
-                .start = address - found.offset,
-                .length = @as(u64, found.offset) + found.length,
-                .pointer = found.pointer - found.offset,
-                .view = found.view,
-            };
+            const found = self.table.window(self.cache, address) orelse return self.breach(layout.broken_unmapped, address);
+            self.window = .{ .start = found.start, .length = found.length, .pointer = found.pointer, .view = found.view };
         }
 
         /// One buffer of the request, `index` being its descriptor.

@@ -4,8 +4,6 @@
 //! which heads are with the device. What has another shape, or breaks a rule,
 //! is left in the ring for `rings.pop`, which says what is wrong with it.
 
-const std = @import("std");
-const layout = @import("../layout.zig");
 const memory = @import("../memory/memory.zig");
 const chain = @import("chain.zig");
 const Ring = @import("ring.zig").Ring;
@@ -31,24 +29,19 @@ pub const words = @sizeOf(Single) / 4;
 pub const Lookup = struct {
     table: *const memory.Table,
     cache: *memory.Cache,
-    start: u64 = 0,
-    size: u64 = 0,
-    pointer: [*]u8 = undefined,
+    window: memory.Window = .{},
 
     /// Null for what is not in one piece.
     inline fn find(self: *Lookup, address: u64, length: u32) ?[*]u8 {
-        if (address -% self.start >= self.size) self.move(address) orelse return null;
-        const offset = address - self.start;
-        if (length > self.size - offset) return null;
-        return self.pointer + @as(usize, @intCast(offset));
+        if (address -% self.window.start >= self.window.length and !self.move(address)) return null;
+        const offset = address - self.window.start;
+        if (length > self.window.length - offset) return null;
+        return self.window.pointer + @as(usize, @intCast(offset));
     }
 
-    noinline fn move(self: *Lookup, address: u64) ?void {
-        const found = self.table.piece(self.cache, layout.space_gpa, address, layout.view_size) orelse return null;
-        // A view's offset 0 is mapped too: all of it can be reached.
-        self.start = address - found.offset;
-        self.size = @as(u64, found.offset) + found.length;
-        self.pointer = found.pointer - found.offset;
+    noinline fn move(self: *Lookup, address: u64) bool {
+        self.window = self.table.window(self.cache, address) orelse return false;
+        return true;
     }
 };
 
