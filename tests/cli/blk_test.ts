@@ -14,6 +14,7 @@ import {
 } from "../devices/disk_guest.ts";
 import { test } from "../harness.ts";
 import { Command, run } from "./command.ts";
+import { type Mistake, testMistakes } from "./mistakes.ts";
 
 test("--print-capabilities prints what the specification asks for, and nothing else", async () => {
   const { code, stdout, stderr } = await run("blk", "--print-capabilities");
@@ -48,8 +49,7 @@ test("--version is that of deno.json, --help names every option", async () => {
   ) assert.match(stdout, new RegExp(`--${option}\\b`));
 });
 
-/** Words, exit code, and the sentence; FOLDER is a folder of the test's own. */
-const mistakes: [string, string[], number, RegExp][] = [
+const mistakes: readonly Mistake[] = [
   ["an unknown option", ["blk", "--bogus"], 2, /Unknown option '--bogus'/],
   ["an unknown command", ["disk"], 2, /there is no command "disk"/],
   ["bind without an address", ["bind"], 2, /address of one PCI device/],
@@ -165,19 +165,7 @@ const mistakes: [string, string[], number, RegExp][] = [
   ],
 ];
 
-for (const [name, words, expected, sentence] of mistakes) {
-  test(`${name} is one sentence on stderr and exit code ${expected}`, async () => {
-    using folder = new TemporaryFolder();
-    const { code, stdout, stderr } = await run(
-      ...words.map((word) => word.replace("FOLDER", folder.path)),
-    );
-    assert.equal(code, expected, stderr);
-    assert.equal(stdout, "");
-    assert.match(stderr, sentence);
-    assert.match(stderr, /^vhost2: [^\n]+\n$/);
-    assert.ok(!existsSync(folder.file("s")));
-  });
-}
+testMistakes(mistakes);
 
 test("a socket in use is one sentence, and its user keeps it", async () => {
   using folder = new TemporaryFolder();

@@ -7,6 +7,7 @@ import { frameOf, swapped } from "../devices/net_guest.ts";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { Command, run } from "./command.ts";
+import { type Mistake, testMistakes } from "./mistakes.ts";
 
 test("net --print-capabilities prints what the specification asks for", async () => {
   const { code, stdout, stderr } = await run("net", "--print-capabilities");
@@ -28,8 +29,7 @@ test("net --help names every option", async () => {
 });
 
 const socket = ["--socket-path", "FOLDER/s"];
-/** Words, exit code, and the sentence; FOLDER is a folder of the test's own. */
-const mistakes: [string, string[], number, RegExp][] = [
+const mistakes: readonly Mistake[] = [
   [
     "more queues than the kernel takes",
     ["--vduse", "a", "--echo", "--num-queues", "2"],
@@ -88,20 +88,7 @@ const mistakes: [string, string[], number, RegExp][] = [
   ],
 ];
 
-for (const [name, words, expected, sentence] of mistakes) {
-  test(`net: ${name} is one sentence on stderr and exit code ${expected}`, async () => {
-    using folder = new TemporaryFolder();
-    const { code, stdout, stderr } = await run(
-      "net",
-      ...words.map((word) => word.replace("FOLDER", folder.path)),
-    );
-    assert.equal(code, expected, stderr);
-    assert.equal(stdout, "");
-    assert.match(stderr, sentence);
-    assert.match(stderr, /^vhost2: [^\n]+\n$/);
-    assert.ok(!existsSync(folder.file("s")));
-  });
-}
+testMistakes(mistakes, "net");
 
 for (const workers of [0, 2]) {
   test(

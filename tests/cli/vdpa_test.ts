@@ -1,10 +1,9 @@
 // `vhost2 vdpa` as a user sees it; tests/qemu/vdpa_test.ts has a device for it.
 import assert from "node:assert/strict";
-import { existsSync } from "node:fs";
 import { parseCommand } from "../../cli/arguments.ts";
 import { test } from "../harness.ts";
-import { TemporaryFolder } from "../support/temporary.ts";
 import { run } from "./command.ts";
+import { type Mistake, testMistakes } from "./mistakes.ts";
 
 test("vdpa --help names every option", async () => {
   const { code, stdout } = await run("vdpa", "--help");
@@ -45,8 +44,7 @@ test("vdpa: what is typed is understood", () => {
 });
 
 const socket = ["--socket-path", "FOLDER/s"];
-/** Words, exit code, and the sentence; FOLDER is a folder of the test's own. */
-const mistakes: [string, string[], number, RegExp][] = [
+const mistakes: readonly Mistake[] = [
   ["no device", socket, 2, /vdpa takes the address of one PCI device/],
   ["two devices", ["a", "b", ...socket], 2, /the address of one PCI device/],
   ["no socket", ["00:06.0"], 2, /a socket is needed/],
@@ -65,17 +63,4 @@ const mistakes: [string, string[], number, RegExp][] = [
   ],
 ];
 
-for (const [name, words, expected, sentence] of mistakes) {
-  test(`vdpa: ${name} is one sentence on stderr and exit code ${expected}`, async () => {
-    using folder = new TemporaryFolder();
-    const { code, stdout, stderr } = await run(
-      "vdpa",
-      ...words.map((word) => word.replace("FOLDER", folder.path)),
-    );
-    assert.equal(code, expected, stderr);
-    assert.equal(stdout, "");
-    assert.match(stderr, sentence);
-    assert.match(stderr, /^vhost2: [^\n]+\n$/);
-    assert.ok(!existsSync(folder.file("s")));
-  });
-}
+testMistakes(mistakes, "vdpa");
