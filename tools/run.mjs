@@ -10,6 +10,7 @@ import {
   installPackages,
   main,
   prepareGuest,
+  preparePeers,
   ROOT,
 } from "./setup.mjs";
 import { SetupError } from "./step.mjs";
@@ -34,7 +35,10 @@ await main(async () => {
     const wanted = args.length === 0 ? names : args;
     await installPackages();
     await buildCore();
-    if (wanted.some((name) => SUITES[name].needsGuest)) await prepareGuest();
+    if (wanted.some((name) => SUITES[name].needsGuest)) {
+      await prepareGuest();
+      await preparePeers();
+    }
     return await runTests(wanted);
   }
   throw new SetupError("Usage: node tools/run.mjs demo | test [SUITE...]");

@@ -95,9 +95,13 @@ export async function prepareGuest() {
   await installQemu();
   const recipe = recipeOf(KERNEL_METAPACKAGE, kernelPackage, fetchGuest);
   if (!await isUnpacked(GUEST, recipe)) await fetchGuest(recipe);
+  await buildGuestTools();
+}
+
+/** What only tests need beside: DPDK as a peer, and a kernel with VDUSE. */
+export async function preparePeers() {
   await fetchTestpmd(CACHE);
   await fetchVdpaGuest(CACHE);
-  await buildGuestTools();
 }
 
 /** Debian packages that must be installed, and what shows that they are. */
@@ -258,7 +262,10 @@ export async function main(action) {
 const PARTS = {
   packages: installPackages,
   core: buildCore,
-  guest: prepareGuest,
+  guest: async () => {
+    await prepareGuest();
+    await preparePeers();
+  },
 };
 
 if (
