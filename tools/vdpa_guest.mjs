@@ -4,7 +4,13 @@
 import { existsSync } from "node:fs";
 import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { mustHaveApt, unpackInto } from "./debian.mjs";
+import {
+  isUnpacked,
+  mustHaveApt,
+  noteRecipe,
+  recipeOf,
+  unpackInto,
+} from "./debian.mjs";
 import { capture, SetupError, step } from "./step.mjs";
 
 /** The cloud flavour has VDUSE, virtio_vdpa and vhost_vdpa as modules. */
@@ -19,9 +25,10 @@ const KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg";
  */
 export async function fetchVdpaGuest(cache) {
   const folder = join(cache, "vdpa-guest");
-  if (existsSync(join(folder, "manifest.json"))) return;
+  const recipe = recipeOf(METAPACKAGE, fetchKernel, backports);
+  if (await isUnpacked(folder, recipe)) return;
   try {
-    await fetchKernel(folder, join(cache, "backports"));
+    await fetchKernel(folder, join(cache, "backports"), recipe);
   } catch (error) {
     if (!(error instanceof SetupError)) throw error;
     if (error.output) console.error(error.output.trimEnd());
@@ -31,8 +38,12 @@ export async function fetchVdpaGuest(cache) {
   }
 }
 
-/** @param {string} folder @param {string} lists where apt keeps its own */
-async function fetchKernel(folder, lists) {
+/**
+ * @param {string} folder
+ * @param {string} lists where apt keeps its own
+ * @param {string} recipe
+ */
+async function fetchKernel(folder, lists, recipe) {
   mustHaveApt([METAPACKAGE]);
   const apt = await backports(lists);
   try {
@@ -48,13 +59,15 @@ async function fetchKernel(folder, lists) {
       "a kernel with VDUSE",
       "34 MB",
       () => Promise.resolve([kernel]),
-      (unpacked) =>
+      async (unpacked) => {
         // tests/qemu/cache.ts reads this.
-        writeFile(
+        await writeFile(
           join(unpacked, "manifest.json"),
           JSON.stringify({ kernel: kernel.replace(/^linux-image-/, "") }) +
             "\n",
-        ),
+        );
+        await noteRecipe(unpacked, recipe);
+      },
       apt,
     );
   } finally {
