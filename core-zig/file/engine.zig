@@ -338,4 +338,5 @@ test {
     _ = prompt;
     _ = @import("traits.zig");
     _ = @import("engine_test.zig");
+    _ = @import("prompt_test.zig");
 }
