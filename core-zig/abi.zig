@@ -1,9 +1,15 @@
-//! The ABI as data: `write` prints `ffi/abi.gen.ts` from the manifest of
-//! exports and the structures of `layout.zig`, and `hash` is compared at load,
+//! The ABI as data: `text` is `ffi/abi.gen.ts`, made of the manifest of exports
+//! and the structures of the layouts, and `hash` is compared at load,
 //! so that a library and bindings of different ages never meet.
 
 const std = @import("std");
-const layout = @import("layout.zig");
+
+/// Whatever is public in them crosses the boundary.
+const parts = .{
+    @import("layout.zig"),
+    @import("vfio/layout.zig"),
+    @import("vduse/layout.zig"),
+};
 
 fn typeName(comptime T: type) []const u8 {
     return switch (@typeInfo(T)) {
@@ -59,26 +65,26 @@ fn functions(comptime manifest: anytype) []const u8 {
 fn layouts() []const u8 {
     @setEvalBranchQuota(1_000_000);
     var out: []const u8 = "";
-    for (@typeInfo(layout).@"struct".decls) |decl| {
-        const value = @field(layout, decl.name);
+    for (parts) |part| for (@typeInfo(part).@"struct".decls) |decl| {
+        const value = @field(part, decl.name);
         if (@TypeOf(value) != type) continue;
         out = out ++ "  " ++ decl.name ++ ": {\n    byteSize: " ++ std.fmt.comptimePrint("{d}", .{@sizeOf(value)}) ++ ",\n";
         for (@typeInfo(value).@"struct".fields) |field| {
             out = out ++ "    " ++ camel(field.name, false) ++ ": " ++ std.fmt.comptimePrint("{d}", .{@offsetOf(value, field.name)}) ++ ",\n";
         }
         out = out ++ "  },\n";
-    }
+    };
     return out;
 }
 
 fn constants() []const u8 {
     @setEvalBranchQuota(1_000_000);
     var out: []const u8 = "";
-    for (@typeInfo(layout).@"struct".decls) |decl| {
-        const value = @field(layout, decl.name);
+    for (parts) |part| for (@typeInfo(part).@"struct".decls) |decl| {
+        const value = @field(part, decl.name);
         if (@typeInfo(@TypeOf(value)) != .int) continue;
         out = out ++ "  " ++ camel(decl.name, false) ++ ": " ++ std.fmt.comptimePrint("{d}", .{value}) ++ ",\n";
-    }
+    };
     return out;
 }
 

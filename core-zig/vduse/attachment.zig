@@ -5,7 +5,7 @@
 const std = @import("std");
 const sys = @import("../linux.zig");
 const sync = @import("../sync.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const netlink = @import("netlink.zig");
 const descriptor = @import("../descriptor.zig");
 const Handles = @import("../handles.zig").Handles;
@@ -18,7 +18,7 @@ const Attachment = struct {
     event: i32,
     thread: sync.Thread = undefined,
     is_done: std.atomic.Value(bool) = .init(false),
-    outcome: layout.VduseAttachment = .{ .step = 0, .errno = 0 },
+    outcome: shared.VduseAttachment = .{ .step = 0, .errno = 0 },
 
     fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
         const self: *Attachment = @ptrCast(@alignCast(argument.?));
@@ -28,18 +28,18 @@ const Attachment = struct {
         return null;
     }
 
-    fn ask(self: *Attachment) layout.VduseAttachment {
+    fn ask(self: *Attachment) shared.VduseAttachment {
         const fd = sys.result(linux.socket(linux.AF.NETLINK, linux.SOCK.RAW | linux.SOCK.CLOEXEC, netlink.protocol));
-        if (fd < 0) return .{ .step = layout.attachment_socket, .errno = @intCast(-fd) };
+        if (fd < 0) return .{ .step = shared.attachment_socket, .errno = @intCast(-fd) };
         defer sys.closeQuietly(fd);
         var buffer: [netlink.request_size]u8 align(4) = undefined;
         const family = exchange(fd, netlink.familyRequest(&buffer, 1), 1);
         if (family.errno.? != 0 or family.family == 0) {
-            return .{ .step = layout.attachment_family, .errno = family.errno.? };
+            return .{ .step = shared.attachment_family, .errno = family.errno.? };
         }
         const name = self.name[0..self.name_length];
         const done = exchange(fd, netlink.deviceRequest(&buffer, 2, family.family, name, self.is_attached), 2);
-        return .{ .step = if (done.errno.? == 0) 0 else layout.attachment_request, .errno = done.errno.? };
+        return .{ .step = if (done.errno.? == 0) 0 else shared.attachment_request, .errno = done.errno.? };
     }
 
     /// One request and its answers up to the ack.
@@ -93,7 +93,7 @@ pub fn event(handle: u32) callconv(.c) i32 {
 }
 
 /// How it went, and the end of the handle; -EAGAIN while it goes on.
-pub fn result(handle: u32, out: *layout.VduseAttachment) callconv(.c) i32 {
+pub fn result(handle: u32, out: *shared.VduseAttachment) callconv(.c) i32 {
     const found = attachments.get(handle) orelse return sys.fail(.BADF);
     if (!found.is_done.load(.acquire)) return sys.fail(.AGAIN);
     const self = attachments.remove(handle) orelse return sys.fail(.BADF);
@@ -107,7 +107,7 @@ test "a kernel that knows no such device says so, and nothing is left" {
     try std.testing.expect(handle > 0);
     var watched = [1]linux.pollfd{.{ .fd = event(@intCast(handle)), .events = linux.POLL.IN, .revents = 0 }};
     _ = linux.poll(&watched, 1, 10_000);
-    var outcome: layout.VduseAttachment = .{ .step = 0, .errno = 0 };
+    var outcome: shared.VduseAttachment = .{ .step = 0, .errno = 0 };
     try std.testing.expectEqual(0, result(@intCast(handle), &outcome));
     try std.testing.expect(outcome.step != 0 and outcome.errno != 0);
     try std.testing.expectEqual(sys.fail(.BADF), result(@intCast(handle), &outcome));

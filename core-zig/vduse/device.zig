@@ -6,6 +6,7 @@ const std = @import("std");
 const abi = @import("abi.zig");
 const sys = @import("../linux.zig");
 const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const mapping = @import("../memory/mapping.zig");
 
 /// Zero-terminated; null for a name that the kernel could not have.
@@ -62,7 +63,7 @@ pub fn Device(comptime Kernel: type) type {
         }
 
         /// -EPROTO: the kernel does not have this version of the interface.
-        pub fn create(bytes: []const u8, what: *const layout.VduseConfig, config: []const u8) i32 {
+        pub fn create(bytes: []const u8, what: *const shared.VduseConfig, config: []const u8) i32 {
             if (config.len > abi.config_maximum) return sys.fail(.INVAL);
             const Argument = extern struct { head: abi.DevConfig, config: [abi.config_maximum]u8 };
             var argument: Argument = .{ .head = .{
@@ -97,7 +98,7 @@ pub fn Device(comptime Kernel: type) type {
 
         /// As the driver has set it up, and where it was told to begin; the
         /// kernel does not follow it from there.
-        pub fn queueInfo(fd: i32, index: u32, is_packed: bool, out: *layout.VduseQueueInfo) i32 {
+        pub fn queueInfo(fd: i32, index: u32, is_packed: bool, out: *shared.VduseQueueInfo) i32 {
             var info: abi.VqInfo = .{ .index = index };
             const code = Kernel.ioctl(fd, abi.request.vq_get_info, @intFromPtr(&info));
             if (code < 0) return code;
@@ -141,7 +142,7 @@ pub fn Device(comptime Kernel: type) type {
 
         /// The kernel's next message; -EAGAIN when there is none, -EPERM when
         /// the device is broken, -EPROTO for half of one.
-        pub fn receive(fd: i32, out: *layout.VduseRequest) i32 {
+        pub fn receive(fd: i32, out: *shared.VduseRequest) i32 {
             var message: abi.DevRequest = .{};
             const count = Kernel.read(fd, std.mem.asBytes(&message));
             if (count < 0) return count;
@@ -160,7 +161,7 @@ pub fn Device(comptime Kernel: type) type {
         }
 
         /// -ENOENT when the kernel does not wait for it any more.
-        pub fn respond(fd: i32, response: *const layout.VduseResponse) i32 {
+        pub fn respond(fd: i32, response: *const shared.VduseResponse) i32 {
             var message: abi.DevResponse = .{
                 .request_id = response.id,
                 .result = if (response.is_failed != 0) abi.result_failed else abi.result_ok,
@@ -177,7 +178,7 @@ pub fn Device(comptime Kernel: type) type {
 
         /// The first entry of the kernel's IOTLB that overlaps a range: its
         /// file, the caller's; -EINVAL when there is none.
-        pub fn entry(fd: i32, start: u64, last: u64, out: *layout.VduseEntry) i32 {
+        pub fn entry(fd: i32, start: u64, last: u64, out: *shared.VduseEntry) i32 {
             var found: abi.IotlbEntry = .{ .start = start, .last = last };
             const file = Kernel.ioctl(fd, abi.request.iotlb_get_fd, @intFromPtr(&found));
             if (file < 0) return file;

@@ -3,13 +3,13 @@
 const std = @import("std");
 const abi = @import("abi.zig");
 const sys = @import("../linux.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const fake = @import("fake_kernel.zig");
 const Fake = fake.Fake;
 const Device = @import("device.zig").Device(Fake);
 
 const testing = std.testing;
-const what: layout.VduseConfig = .{ .features = 1 << 33, .device_id = 2, .queue_count = 2, .alignment = 4096 };
+const what: shared.VduseConfig = .{ .features = 1 << 33, .device_id = 2, .queue_count = 2, .alignment = 4096 };
 
 test "a device is created as described, and the control device closed" {
     Fake.start();
@@ -62,9 +62,9 @@ test "a queue's state crosses in both formats, and back" {
     Fake.start();
     Fake.info = .{ .index = 1, .num = 256, .desc_addr = 0x1000, .driver_addr = 0x2000, .device_addr = 0x3000, .ready = 1 };
     Fake.info.state.split.avail_index = 0xfffe;
-    var info: layout.VduseQueueInfo = undefined;
+    var info: shared.VduseQueueInfo = undefined;
     try testing.expectEqual(0, Device.queueInfo(fake.device, 1, false, &info));
-    try testing.expectEqual(layout.VduseQueueInfo{ .descriptor = 0x1000, .driver = 0x2000, .device = 0x3000, .size = 256, .base = 0xfffe, .is_ready = 1 }, info);
+    try testing.expectEqual(shared.VduseQueueInfo{ .descriptor = 0x1000, .driver = 0x2000, .device = 0x3000, .size = 256, .base = 0xfffe, .is_ready = 1 }, info);
     Fake.info.state = .{ .packed_ring = .{ .last_avail_counter = 1, .last_avail_idx = 5, .last_used_counter = 0, .last_used_idx = 3 } };
     try testing.expectEqual(0, Device.queueInfo(fake.device, 1, true, &info));
     try testing.expectEqual(0x0003_8005, info.base);
@@ -74,7 +74,7 @@ test "a queue's state crosses in both formats, and back" {
     try testing.expectEqual(0x8000_7fff, info.base);
     try testing.expectEqual(sys.fail(.INVAL), Device.queueInfo(fake.device, 2, true, &info));
 
-    var response: layout.VduseResponse = .{ .id = 9, .is_failed = 0, .has_state = 1, .queue = 1, .base = 0x8003_0005, .is_packed = 1 };
+    var response: shared.VduseResponse = .{ .id = 9, .is_failed = 0, .has_state = 1, .queue = 1, .base = 0x8003_0005, .is_packed = 1 };
     try testing.expectEqual(0, Device.respond(fake.device, &response));
     const state = Fake.response.payload.vq_state;
     try testing.expectEqual(1, state.index);
@@ -90,7 +90,7 @@ test "a queue's state crosses in both formats, and back" {
 
 test "messages are read by their kind; half of one, and none, are told apart" {
     Fake.start();
-    var request: layout.VduseRequest = undefined;
+    var request: shared.VduseRequest = undefined;
     Fake.message = .{ .kind = abi.set_status, .request_id = 3, .payload = .{ .status = 15 } };
     try testing.expectEqual(0, Device.receive(fake.device, &request));
     try testing.expectEqual(15, request.status);
@@ -102,11 +102,11 @@ test "messages are read by their kind; half of one, and none, are told apart" {
     // Of a kind that this version does not know: nothing is made of the rest.
     Fake.message = .{ .kind = 77, .payload = .{ .padding = @splat(0xffff_ffff) } };
     try testing.expectEqual(0, Device.receive(fake.device, &request));
-    try testing.expectEqual(layout.VduseRequest{ .kind = 77, .id = 0 }, request);
+    try testing.expectEqual(shared.VduseRequest{ .kind = 77, .id = 0 }, request);
     for ([_]usize{ 0, 8, 151 }) |count| {
         Fake.moved = count;
         try testing.expectEqual(sys.fail(.PROTO), Device.receive(fake.device, &request));
-        try testing.expectEqual(sys.fail(.PROTO), Device.respond(fake.device, &std.mem.zeroes(layout.VduseResponse)));
+        try testing.expectEqual(sys.fail(.PROTO), Device.respond(fake.device, &std.mem.zeroes(shared.VduseResponse)));
     }
     Fake.failing = 2;
     for ([_]sys.E{ .AGAIN, .PERM }) |code| {
@@ -118,9 +118,9 @@ test "messages are read by their kind; half of one, and none, are told apart" {
 test "only the kernel's own memory is mapped, in whole pages" {
     Fake.start();
     Fake.entry = .{ .start = 0x4000, .last = 0x4fff, .offset = 0x4000, .perm = 3 };
-    var entry: layout.VduseEntry = undefined;
+    var entry: shared.VduseEntry = undefined;
     try testing.expectEqual(fake.domain, Device.entry(fake.device, 0, std.math.maxInt(u64), &entry));
-    try testing.expectEqual(layout.VduseEntry{ .start = 0x4000, .last = 0x4fff, .offset = 0x4000, .access = 3, .is_domain = 1 }, entry);
+    try testing.expectEqual(shared.VduseEntry{ .start = 0x4000, .last = 0x4fff, .offset = 0x4000, .access = 3, .is_domain = 1 }, entry);
     try testing.expectEqual(sys.fail(.INVAL), Device.entry(fake.device, 0x5000, 0x5000, &entry));
     Fake.entry_file = fake.memfd;
     _ = Device.entry(fake.device, 0x4000, 0x4000, &entry);

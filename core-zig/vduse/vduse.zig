@@ -2,7 +2,7 @@
 //! something else answers an error and has nothing done to it.
 
 const sys = @import("../linux.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const mapping = @import("../memory/mapping.zig");
 const sizeOf = @import("../descriptor.zig").sizeOf;
 const Device = @import("device.zig").Device(@import("kernel.zig").Kernel);
@@ -11,7 +11,7 @@ pub fn open(name: [*]const u8, name_length: u32) callconv(.c) i32 {
     return Device.open(name[0..name_length]);
 }
 
-pub fn create(name: [*]const u8, name_length: u32, what: *const layout.VduseConfig, config: [*]const u8, config_size: u32) callconv(.c) i32 {
+pub fn create(name: [*]const u8, name_length: u32, what: *const shared.VduseConfig, config: [*]const u8, config_size: u32) callconv(.c) i32 {
     return Device.create(name[0..name_length], what, config[0..config_size]);
 }
 
@@ -24,7 +24,7 @@ pub fn queueSetUp(fd: i32, index: u32, size: u32) callconv(.c) i32 {
     return Device.setUpQueue(fd, index, size);
 }
 
-pub fn queueInfo(fd: i32, index: u32, is_packed: u32, out: *layout.VduseQueueInfo) callconv(.c) i32 {
+pub fn queueInfo(fd: i32, index: u32, is_packed: u32, out: *shared.VduseQueueInfo) callconv(.c) i32 {
     return Device.queueInfo(fd, index, is_packed != 0, out);
 }
 
@@ -51,16 +51,16 @@ pub fn features(fd: i32, features_out: *u64) callconv(.c) i32 {
     return Device.features(fd, features_out);
 }
 
-pub fn receive(fd: i32, request_out: *layout.VduseRequest) callconv(.c) i32 {
+pub fn receive(fd: i32, request_out: *shared.VduseRequest) callconv(.c) i32 {
     return Device.receive(fd, request_out);
 }
 
-pub fn respond(fd: i32, response: *const layout.VduseResponse) callconv(.c) i32 {
+pub fn respond(fd: i32, response: *const shared.VduseResponse) callconv(.c) i32 {
     return Device.respond(fd, response);
 }
 
 /// Returns the descriptor of the entry's file, the caller's.
-pub fn entry(fd: i32, start: u64, last: u64, entry_out: *layout.VduseEntry) callconv(.c) i32 {
+pub fn entry(fd: i32, start: u64, last: u64, entry_out: *shared.VduseEntry) callconv(.c) i32 {
     return Device.entry(fd, start, last, entry_out);
 }
 

@@ -11,7 +11,7 @@ const abi = @import("abi.zig");
 const info = @import("info.zig");
 const group_file = @import("group.zig");
 const sys = @import("../linux.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const mapping = @import("../memory/mapping.zig");
 
 const failed = group_file.failed;
@@ -40,7 +40,7 @@ pub fn Device(comptime Kernel: type) type {
         is_open: std.atomic.Value(bool) = .init(false),
 
         /// `fd` is the device's from here on.
-        pub fn open(self: *Self, fd: i32, failure: *layout.VfioFailure) i32 {
+        pub fn open(self: *Self, fd: i32, failure: *shared.VfioFailure) i32 {
             // Not as a whole: a user of the device before may just be leaving.
             self.fd = fd;
             self.has_reset = false;
@@ -55,12 +55,12 @@ pub fn Device(comptime Kernel: type) type {
             return 0;
         }
 
-        fn inspect(self: *Self, failure: *layout.VfioFailure) i32 {
+        fn inspect(self: *Self, failure: *shared.VfioFailure) i32 {
             var device: abi.DeviceInfo = .{ .argsz = @sizeOf(abi.DeviceInfo) };
             const asked = Kernel.ioctl(self.fd, abi.request.device_get_info, @intFromPtr(&device));
-            if (asked < 0) return failed(failure, layout.vfio_device_info, asked, 0);
+            if (asked < 0) return failed(failure, shared.vfio_device_info, asked, 0);
             if (device.flags & abi.device_is_pci == 0 or device.num_regions <= abi.config_region) {
-                return failed(failure, layout.vfio_device_info, 0, 0);
+                return failed(failure, shared.vfio_device_info, 0, 0);
             }
             self.has_reset = device.flags & abi.device_reset_supported != 0;
             for ([_]u32{ abi.irq_intx, abi.irq_msix, abi.irq_request }) |index| {
@@ -69,7 +69,7 @@ pub fn Device(comptime Kernel: type) type {
                 const code = Kernel.ioctl(self.fd, abi.request.device_get_irq_info, @intFromPtr(&irq));
                 // The request interrupt is younger than the rest.
                 if (code < 0 and index == abi.irq_request) continue;
-                if (code < 0) return failed(failure, layout.vfio_irq_info, code, index);
+                if (code < 0) return failed(failure, shared.vfio_irq_info, code, index);
                 if (irq.flags & 1 != 0) self.irq_counts[index] = @min(irq.count, max_vectors);
             }
             const configured = self.inspectRegion(abi.config_region, null, failure);
@@ -77,8 +77,8 @@ pub fn Device(comptime Kernel: type) type {
             var config: [256]u8 = undefined;
             const space = &self.regions[abi.config_region];
             const count = Kernel.read(self.fd, &config, space.offset);
-            if (count != config.len) return failed(failure, layout.vfio_config_space, @min(count, 0), 0);
-            const table = info.msixTable(&config) catch return failed(failure, layout.vfio_config_space, 0, 1);
+            if (count != config.len) return failed(failure, shared.vfio_config_space, @min(count, 0), 0);
+            const table = info.msixTable(&config) catch return failed(failure, shared.vfio_config_space, 0, 1);
             for (0..abi.bar_count) |index| {
                 const range = if (table) |found| (if (found.bar == index) found.range else null) else null;
                 const code = self.inspectRegion(@intCast(index), range, failure);
@@ -87,21 +87,21 @@ pub fn Device(comptime Kernel: type) type {
             return 0;
         }
 
-        fn inspectRegion(self: *Self, index: u32, table: ?info.Range, failure: *layout.VfioFailure) i32 {
+        fn inspectRegion(self: *Self, index: u32, table: ?info.Range, failure: *shared.VfioFailure) i32 {
             var answer: [answer_size]u8 align(8) = @splat(0);
             const asked: *abi.RegionInfo = @ptrCast(&answer);
             asked.argsz = answer_size;
             asked.index = index;
             const code = Kernel.ioctl(self.fd, abi.request.device_get_region_info, @intFromPtr(&answer));
-            if (code < 0) return failed(failure, layout.vfio_region_info, code, index);
+            if (code < 0) return failed(failure, shared.vfio_region_info, code, index);
             if (asked.size > std.math.maxInt(i64) - @min(asked.offset, std.math.maxInt(i64)))
-                return failed(failure, layout.vfio_region_info, 0, index);
+                return failed(failure, shared.vfio_region_info, 0, index);
             self.regions[index] = .{
                 .size = asked.size,
                 .flags = asked.flags,
                 .offset = asked.offset,
                 .pieces = info.mappable(&answer, asked.*, table, mapping.systemPage()) catch
-                    return failed(failure, layout.vfio_region_info, 0, index),
+                    return failed(failure, shared.vfio_region_info, 0, index),
             };
             return 0;
         }

@@ -3,7 +3,7 @@
 const std = @import("std");
 const abi = @import("abi.zig");
 const sys = @import("../linux.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const fake = @import("fake_kernel.zig");
 const Fake = fake.Fake;
 const Group = @import("group.zig").Group(Fake);
@@ -15,7 +15,7 @@ const testing = std.testing;
 const Opened = struct {
     group: Group = .{},
     device: Device = .{},
-    failure: layout.VfioFailure = std.mem.zeroes(layout.VfioFailure),
+    failure: shared.VfioFailure = std.mem.zeroes(shared.VfioFailure),
 
     fn open(self: *Opened) i32 {
         const grouped = self.group.open(7, &self.failure);
@@ -35,15 +35,15 @@ const Opened = struct {
 test "every step that fails is named, and what was opened is closed" {
     const Case = struct { request: u32, step: u32 };
     const cases = [_]Case{
-        .{ .request = abi.request.get_api_version, .step = layout.vfio_api },
-        .{ .request = abi.request.check_extension, .step = layout.vfio_iommu_type },
-        .{ .request = abi.request.group_get_status, .step = layout.vfio_group_status },
-        .{ .request = abi.request.group_set_container, .step = layout.vfio_set_container },
-        .{ .request = abi.request.set_iommu, .step = layout.vfio_set_iommu },
-        .{ .request = abi.request.iommu_get_info, .step = layout.vfio_iommu_info },
-        .{ .request = abi.request.device_get_info, .step = layout.vfio_device_info },
-        .{ .request = abi.request.device_get_irq_info, .step = layout.vfio_irq_info },
-        .{ .request = abi.request.device_get_region_info, .step = layout.vfio_region_info },
+        .{ .request = abi.request.get_api_version, .step = shared.vfio_api },
+        .{ .request = abi.request.check_extension, .step = shared.vfio_iommu_type },
+        .{ .request = abi.request.group_get_status, .step = shared.vfio_group_status },
+        .{ .request = abi.request.group_set_container, .step = shared.vfio_set_container },
+        .{ .request = abi.request.set_iommu, .step = shared.vfio_set_iommu },
+        .{ .request = abi.request.iommu_get_info, .step = shared.vfio_iommu_info },
+        .{ .request = abi.request.device_get_info, .step = shared.vfio_device_info },
+        .{ .request = abi.request.device_get_irq_info, .step = shared.vfio_irq_info },
+        .{ .request = abi.request.device_get_region_info, .step = shared.vfio_region_info },
     };
     for (cases) |case| {
         Fake.start();
@@ -53,7 +53,7 @@ test "every step that fails is named, and what was opened is closed" {
         try testing.expect(opened.open() < 0);
         try testing.expectEqual(case.step, opened.failure.step);
         try testing.expectEqual(0, Fake.open_count);
-        if (case.step != layout.vfio_iommu_type) try testing.expectEqual(1, opened.failure.errno);
+        if (case.step != shared.vfio_iommu_type) try testing.expectEqual(1, opened.failure.errno);
     }
 }
 
@@ -62,23 +62,23 @@ test "no container, no group, no IOMMU and a group that is not viable are told a
     Fake.start();
     Fake.open_error = sys.fail(.NOENT);
     try testing.expectEqual(sys.fail(.NOENT), opened.open());
-    try testing.expectEqual(layout.vfio_container, opened.failure.step);
+    try testing.expectEqual(shared.vfio_container, opened.failure.step);
     Fake.start();
     Fake.group_error = sys.fail(.BUSY);
     try testing.expectEqual(sys.fail(.BUSY), opened.open());
-    try testing.expectEqual(layout.vfio_group, opened.failure.step);
+    try testing.expectEqual(shared.vfio_group, opened.failure.step);
     Fake.start();
     Fake.type1 = false;
     try testing.expect(opened.open() < 0);
-    try testing.expectEqual(layout.vfio_iommu_type, opened.failure.step);
+    try testing.expectEqual(shared.vfio_iommu_type, opened.failure.step);
     Fake.start();
     Fake.is_viable = false;
     try testing.expect(opened.open() < 0);
-    try testing.expectEqual(layout.vfio_group_viable, opened.failure.step);
+    try testing.expectEqual(shared.vfio_group_viable, opened.failure.step);
     Fake.start();
     Fake.version = 3;
     try testing.expect(opened.open() < 0);
-    try testing.expectEqual(layout.vfio_api, opened.failure.step);
+    try testing.expectEqual(shared.vfio_api, opened.failure.step);
     try testing.expectEqual(3, opened.failure.value);
     try testing.expectEqual(0, Fake.open_count);
 }
@@ -88,12 +88,12 @@ test "a device that answers nothing, or lies in its capabilities, is refused" {
     Fake.is_gone = true;
     var opened: Opened = .{};
     try testing.expectEqual(sys.fail(.IO), opened.open());
-    try testing.expectEqual(layout.vfio_config_space, opened.failure.step);
+    try testing.expectEqual(shared.vfio_config_space, opened.failure.step);
     Fake.start();
     Fake.config[0x40] = 9;
     Fake.config[0x41] = 0x40;
     try testing.expectEqual(sys.fail(.IO), opened.open());
-    try testing.expectEqual(layout.vfio_config_space, opened.failure.step);
+    try testing.expectEqual(shared.vfio_config_space, opened.failure.step);
     try testing.expectEqual(0, Fake.open_count);
 }
 

@@ -6,10 +6,10 @@ const std = @import("std");
 const abi = @import("abi.zig");
 const info = @import("info.zig");
 const sys = @import("../linux.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 
 /// Fills in which step failed; the errno is the result's.
-pub fn failed(failure: *layout.VfioFailure, step: u32, code: i32, value: u32) i32 {
+pub fn failed(failure: *shared.VfioFailure, step: u32, code: i32, value: u32) i32 {
     failure.* = .{ .step = step, .errno = if (code < 0) @intCast(-code) else 0, .value = value };
     return if (code < 0) code else sys.fail(.IO);
 }
@@ -27,32 +27,32 @@ pub fn Group(comptime Kernel: type) type {
         ranges: info.Ranges = .{},
 
         /// Opens `/dev/vfio/NUMBER`. What was opened is closed on failure.
-        pub fn open(self: *Self, number: u32, failure: *layout.VfioFailure) i32 {
+        pub fn open(self: *Self, number: u32, failure: *shared.VfioFailure) i32 {
             self.* = .{};
             const code = self.attach(number, failure);
             if (code < 0) self.close();
             return code;
         }
 
-        fn attach(self: *Self, number: u32, failure: *layout.VfioFailure) i32 {
+        fn attach(self: *Self, number: u32, failure: *shared.VfioFailure) i32 {
             self.container = Kernel.open("/dev/vfio/vfio");
-            if (self.container < 0) return failed(failure, layout.vfio_container, self.container, 0);
+            if (self.container < 0) return failed(failure, shared.vfio_container, self.container, 0);
             const version = Kernel.ioctl(self.container, abi.request.get_api_version, 0);
-            if (version != abi.api_version) return failed(failure, layout.vfio_api, @min(version, 0), @intCast(@max(version, 0)));
-            const kind = self.iommuType() orelse return failed(failure, layout.vfio_iommu_type, 0, 0);
+            if (version != abi.api_version) return failed(failure, shared.vfio_api, @min(version, 0), @intCast(@max(version, 0)));
+            const kind = self.iommuType() orelse return failed(failure, shared.vfio_iommu_type, 0, 0);
 
             var buffer: [32]u8 = undefined;
             const path = std.fmt.bufPrintZ(&buffer, "/dev/vfio/{d}", .{number}) catch unreachable;
             self.group = Kernel.open(path);
-            if (self.group < 0) return failed(failure, layout.vfio_group, self.group, number);
+            if (self.group < 0) return failed(failure, shared.vfio_group, self.group, number);
             var status: abi.GroupStatus = .{ .argsz = @sizeOf(abi.GroupStatus) };
             const asked = Kernel.ioctl(self.group, abi.request.group_get_status, @intFromPtr(&status));
-            if (asked < 0) return failed(failure, layout.vfio_group_status, asked, number);
-            if (status.flags & abi.group_viable == 0) return failed(failure, layout.vfio_group_viable, 0, number);
+            if (asked < 0) return failed(failure, shared.vfio_group_status, asked, number);
+            if (status.flags & abi.group_viable == 0) return failed(failure, shared.vfio_group_viable, 0, number);
             const joined = Kernel.ioctl(self.group, abi.request.group_set_container, @intFromPtr(&self.container));
-            if (joined < 0) return failed(failure, layout.vfio_set_container, joined, number);
+            if (joined < 0) return failed(failure, shared.vfio_set_container, joined, number);
             const set = Kernel.ioctl(self.container, abi.request.set_iommu, kind);
-            if (set < 0) return failed(failure, layout.vfio_set_iommu, set, number);
+            if (set < 0) return failed(failure, shared.vfio_set_iommu, set, number);
             return self.readLimits(failure);
         }
 
@@ -63,17 +63,17 @@ pub fn Group(comptime Kernel: type) type {
             return null;
         }
 
-        fn readLimits(self: *Self, failure: *layout.VfioFailure) i32 {
+        fn readLimits(self: *Self, failure: *shared.VfioFailure) i32 {
             var answer: [answer_size]u8 align(8) = @splat(0);
             const type1: *abi.Type1Info = @ptrCast(&answer);
             type1.argsz = answer_size;
             const asked = Kernel.ioctl(self.container, abi.request.iommu_get_info, @intFromPtr(&answer));
-            if (asked < 0) return failed(failure, layout.vfio_iommu_info, asked, 0);
-            self.ranges = info.iovaRanges(&answer, type1.*) catch return failed(failure, layout.vfio_iommu_info, 0, 0);
+            if (asked < 0) return failed(failure, shared.vfio_iommu_info, asked, 0);
+            self.ranges = info.iovaRanges(&answer, type1.*) catch return failed(failure, shared.vfio_iommu_info, 0, 0);
             // Each bit is a page size that it can map.
             const sizes: u64 = if (type1.flags & abi.iommu_page_sizes != 0) type1.iova_pgsizes else 4096;
             self.page_size = sizes & -%sizes;
-            if (self.page_size == 0 or self.page_size > 1 << 21) return failed(failure, layout.vfio_iommu_info, 0, 1);
+            if (self.page_size == 0 or self.page_size > 1 << 21) return failed(failure, shared.vfio_iommu_info, 0, 1);
             return 0;
         }
 

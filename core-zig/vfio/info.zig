@@ -5,7 +5,7 @@
 
 const std = @import("std");
 const abi = @import("abi.zig");
-const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 
 pub const Error = error{
     /// The structure contradicts itself.
@@ -115,10 +115,10 @@ fn sparse(data: []const u8, region_size: u64, page_size: u64, pieces: *Pieces) E
 
 /// Where the IOMMU lets the device reach.
 pub const Ranges = struct {
-    list: [layout.max_iova_ranges]layout.IovaRange = undefined,
+    list: [shared.max_iova_ranges]shared.IovaRange = undefined,
     count: u32 = 0,
 
-    pub fn slice(self: *const Ranges) []const layout.IovaRange {
+    pub fn slice(self: *const Ranges) []const shared.IovaRange {
         return self.list[0..self.count];
     }
 
@@ -297,7 +297,7 @@ test "a region whose capabilities lie is refused" {
     try testing.expectError(error.Broken, mappable(circle.bytes[0..circle.used], out, null, 4096));
 }
 
-fn type1Answer(list: []const layout.IovaRange, buffer: *[512]u8) abi.Type1Info {
+fn type1Answer(list: []const shared.IovaRange, buffer: *[512]u8) abi.Type1Info {
     const first = @sizeOf(abi.Type1Info);
     @memset(buffer, 0);
     std.mem.writeInt(u16, buffer[first..][0..2], abi.capability_iova_range, .little);
@@ -311,9 +311,9 @@ fn type1Answer(list: []const layout.IovaRange, buffer: *[512]u8) abi.Type1Info {
 
 test "IOVA ranges are those of the kernel, and a default without" {
     var buffer: [512]u8 = undefined;
-    const list = [_]layout.IovaRange{ .{ .start = 0, .last = 0xfedf_ffff }, .{ .start = 0xfef0_0000, .last = std.math.maxInt(u64) } };
+    const list = [_]shared.IovaRange{ .{ .start = 0, .last = 0xfedf_ffff }, .{ .start = 0xfef0_0000, .last = std.math.maxInt(u64) } };
     const ranges = try iovaRanges(&buffer, type1Answer(&list, &buffer));
-    try testing.expectEqualSlices(layout.IovaRange, &list, ranges.slice());
+    try testing.expectEqualSlices(shared.IovaRange, &list, ranges.slice());
     try testing.expect(ranges.holds(0xfedf_f000, 0x1000));
     try testing.expect(!ranges.holds(0xfedf_f000, 0x2000));
     try testing.expect(!ranges.holds(0xfee0_0000, 0x1000));
@@ -326,14 +326,14 @@ test "IOVA ranges are those of the kernel, and a default without" {
 
 test "IOVA ranges that lie are refused, more than we keep are cut" {
     var buffer: [512]u8 = undefined;
-    const backwards = [_]layout.IovaRange{.{ .start = 2, .last = 1 }};
+    const backwards = [_]shared.IovaRange{.{ .start = 2, .last = 1 }};
     try testing.expectError(error.Broken, iovaRanges(&buffer, type1Answer(&backwards, &buffer)));
     const info = type1Answer(&.{}, &buffer);
     std.mem.writeInt(u32, buffer[32..36], 0xffff_ffff, .little);
     try testing.expectError(error.Broken, iovaRanges(&buffer, info));
-    const many: [20]layout.IovaRange = @splat(.{ .start = 0, .last = 1 });
+    const many: [20]shared.IovaRange = @splat(.{ .start = 0, .last = 1 });
     const cut = try iovaRanges(&buffer, type1Answer(&many, &buffer));
-    try testing.expectEqual(layout.max_iova_ranges, cut.count);
+    try testing.expectEqual(shared.max_iova_ranges, cut.count);
 }
 
 test "the MSI-X table is found, and a list that lies is refused" {

@@ -5,6 +5,7 @@ const abi = @import("abi.zig");
 const sys = @import("../linux.zig");
 const sync = @import("../sync.zig");
 const layout = @import("../layout.zig");
+const shared = @import("layout.zig");
 const mapping = @import("../memory/mapping.zig");
 const Handles = @import("../handles.zig").Handles;
 const Kernel = @import("kernel.zig").Kernel;
@@ -25,20 +26,20 @@ var spares_lock: sync.Mutex = .{};
 
 /// Opens `/dev/vfio/NUMBER` in a container of its own. A group can be open
 /// once in the system.
-pub fn groupOpen(number: u32, failure: *layout.VfioFailure) callconv(.c) i32 {
-    failure.* = std.mem.zeroes(layout.VfioFailure);
-    const self = sync.allocator.create(Group) catch return group_file.failed(failure, layout.vfio_objects, sys.fail(.NOMEM), 0);
+pub fn groupOpen(number: u32, failure: *shared.VfioFailure) callconv(.c) i32 {
+    failure.* = std.mem.zeroes(shared.VfioFailure);
+    const self = sync.allocator.create(Group) catch return group_file.failed(failure, shared.vfio_objects, sys.fail(.NOMEM), 0);
     const code = self.open(number, failure);
     if (code >= 0) {
         if (groups.insert(self)) |handle| return @intCast(handle);
         self.close();
     }
     sync.allocator.destroy(self);
-    return if (code < 0) code else group_file.failed(failure, layout.vfio_objects, sys.fail(.NFILE), 0);
+    return if (code < 0) code else group_file.failed(failure, shared.vfio_objects, sys.fail(.NFILE), 0);
 }
 
 /// Writes as many ranges as there is room for.
-pub fn groupInfo(handle: u32, out: *layout.VfioGroupInfo, ranges_out: ?[*]layout.IovaRange, capacity: u32) callconv(.c) i32 {
+pub fn groupInfo(handle: u32, out: *shared.VfioGroupInfo, ranges_out: ?[*]shared.IovaRange, capacity: u32) callconv(.c) i32 {
     const self = groups.get(handle) orelse return sys.fail(.BADF);
     out.* = .{ .page_size = self.page_size, .range_count = self.ranges.count };
     if (ranges_out) |ranges| {
@@ -96,18 +97,18 @@ fn giveSpare(self: *Device) void {
 }
 
 /// Opens a device of the group by its name, such as `0000:00:05.0`.
-pub fn deviceOpen(group_handle: u32, name: [*]const u8, name_length: u32, failure: *layout.VfioFailure) callconv(.c) i32 {
-    failure.* = std.mem.zeroes(layout.VfioFailure);
+pub fn deviceOpen(group_handle: u32, name: [*]const u8, name_length: u32, failure: *shared.VfioFailure) callconv(.c) i32 {
+    failure.* = std.mem.zeroes(shared.VfioFailure);
     const group = groups.get(group_handle) orelse return sys.fail(.BADF);
     var buffer: [64]u8 = undefined;
     if (name_length == 0 or name_length >= buffer.len) return sys.fail(.INVAL);
     @memcpy(buffer[0..name_length], name[0..name_length]);
     buffer[name_length] = 0;
     const fd = group.openDevice(@ptrCast(&buffer));
-    if (fd < 0) return group_file.failed(failure, layout.vfio_device_fd, fd, 0);
+    if (fd < 0) return group_file.failed(failure, shared.vfio_device_fd, fd, 0);
     const self = takeSpare() orelse {
         sys.closeQuietly(fd);
-        return group_file.failed(failure, layout.vfio_objects, sys.fail(.NOMEM), 0);
+        return group_file.failed(failure, shared.vfio_objects, sys.fail(.NOMEM), 0);
     };
     const code = self.device.open(fd, failure);
     if (code >= 0) {
@@ -115,10 +116,10 @@ pub fn deviceOpen(group_handle: u32, name: [*]const u8, name_length: u32, failur
         self.device.close();
     }
     giveSpare(self);
-    return if (code < 0) code else group_file.failed(failure, layout.vfio_objects, sys.fail(.NFILE), 0);
+    return if (code < 0) code else group_file.failed(failure, shared.vfio_objects, sys.fail(.NFILE), 0);
 }
 
-pub fn deviceInfo(handle: u32, out: *layout.VfioDeviceInfo) callconv(.c) i32 {
+pub fn deviceInfo(handle: u32, out: *shared.VfioDeviceInfo) callconv(.c) i32 {
     const self = devices.get(handle) orelse return sys.fail(.BADF);
     const regions = &self.device.regions;
     out.* = .{
