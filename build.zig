@@ -4,8 +4,8 @@
 //!   zig build                  the libraries, and what is generated into ffi/
 //!   zig build test             the core's own tests
 //!   zig build abi-check        fails when ffi/abi.gen.ts is stale
-//!   zig build bench            what the bench compares with, in zig-out/bin,
-//!                              and the core with its symbols, for profiles
+//!   zig build bench            what the bench compares with, in zig-out/bin
+//!   zig build bench-profiled   the core with its symbols, for profiles
 
 const std = @import("std");
 
@@ -113,5 +113,6 @@ fn benchPrograms(b: *std.Build, optimize: std.builtin.OptimizeMode) void {
     }
     const profiled = core(b, b.graph.host.result.cpu.arch, optimize, false);
     const destination: std.Build.Step.InstallArtifact.Options.Dir = .{ .override = .{ .custom = "profiled" } };
-    step.dependOn(&b.addInstallArtifact(profiled, .{ .dest_dir = destination }).step);
+    b.step("bench-profiled", "Build the core with its symbols")
+        .dependOn(&b.addInstallArtifact(profiled, .{ .dest_dir = destination }).step);
 }

@@ -83,27 +83,34 @@ export async function script(
   ];
 }
 
-let build: Promise<string> | undefined;
+/** What `zig build` is to make: the programs, or the core with its symbols. */
+type NativeStep = "bench" | "bench-profiled";
+const builds = new Map<NativeStep, Promise<string>>();
 
-/** Builds the native programs if they are stale; the folder they go to. */
-export function buildNative(): Promise<string> {
-  return build ??= (async () => {
-    await step(
-      "Building the bench's native programs",
-      "about 1 min the first time",
-      [
-        join(root, "node_modules", ".bin", "zig"),
-        ...["build", "bench", "--release=safe"],
-      ],
-      { cwd: root },
-    );
-    return join(root, "zig-out");
-  })();
+/** Builds what is native if it is stale; the folder it goes to. */
+export function buildNative(wanted: NativeStep): Promise<string> {
+  let build = builds.get(wanted);
+  if (build === undefined) {
+    build = (async () => {
+      await step(
+        "Building what is native of the bench",
+        "about 1 min the first time",
+        [
+          join(root, "node_modules", ".bin", "zig"),
+          ...["build", wanted, "--release=safe"],
+        ],
+        { cwd: root },
+      );
+      return join(root, "zig-out");
+    })();
+    builds.set(wanted, build);
+  }
+  return build;
 }
 
 /** A native program, `bench-NAME`. */
 export async function native(name: string): Promise<string> {
-  return join(await buildNative(), "bin", `bench-${name}`);
+  return join(await buildNative("bench"), "bin", `bench-${name}`);
 }
 
 /** The same as `taskset -c CPUS COMMAND`. */

@@ -60,7 +60,7 @@ const v8Flags = ["--perf-basic-prof", "--interpreted-frames-native-stack"];
 
 /** A copy of what a back-end runs, with the core that has symbols. */
 async function copyWithSymbols(): Promise<string> {
-  const built = await buildNative();
+  const built = await buildNative("bench-profiled");
   mkdirSync(join(root, "dist"), { recursive: true });
   const copy = mkdtempSync(join(root, "dist", "flame-"));
   const leftOut = /^\.|^(dist|zig-out|node_modules|core-zig|docs|tests)$/;
