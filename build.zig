@@ -89,7 +89,7 @@ fn core(b: *std.Build, arch: std.Target.Cpu.Arch, optimize: std.builtin.Optimize
 /// Programs that link the core, for this machine, and the core as a profiler
 /// likes it.
 fn benchPrograms(b: *std.Build, optimize: std.builtin.OptimizeMode) void {
-    const step = b.step("bench", "Build the native programs of the bench");
+    const step = b.step("bench", "Build the native program of the bench");
     // As the library is: for any processor of the architecture.
     const target = b.resolveTargetQuery(.{ .cpu_model = .baseline });
     const linked = b.createModule(.{
@@ -98,19 +98,17 @@ fn benchPrograms(b: *std.Build, optimize: std.builtin.OptimizeMode) void {
         .optimize = optimize,
         .link_libc = true,
     });
-    for ([_][]const u8{ "disk", "floor", "ring" }) |name| {
-        const program = b.addExecutable(.{
-            .name = b.fmt("bench-{s}", .{name}),
-            .root_module = b.createModule(.{
-                .root_source_file = b.path(b.fmt("bench/native/{s}.zig", .{name})),
-                .target = target,
-                .optimize = optimize,
-                .link_libc = true,
-                .imports = &.{.{ .name = "core", .module = linked }},
-            }),
-        });
-        step.dependOn(&b.addInstallArtifact(program, .{}).step);
-    }
+    const program = b.addExecutable(.{
+        .name = "bench-native",
+        .root_module = b.createModule(.{
+            .root_source_file = b.path("bench/native/main.zig"),
+            .target = target,
+            .optimize = optimize,
+            .link_libc = true,
+            .imports = &.{.{ .name = "core", .module = linked }},
+        }),
+    });
+    step.dependOn(&b.addInstallArtifact(program, .{}).step);
     const profiled = core(b, b.graph.host.result.cpu.arch, optimize, false);
     const destination: std.Build.Step.InstallArtifact.Options.Dir = .{ .override = .{ .custom = "profiled" } };
     b.step("bench-profiled", "Build the core with its symbols")

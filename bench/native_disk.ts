@@ -54,7 +54,7 @@ export class NativeDisk {
     const child = new Child(pinned(
       String(backendCpu),
       [
-        program,
+        ...program,
         disk.kind,
         ...[disk.size, `/proc/${process.pid}/fd/${region.fd}`, region.size],
         ...[descriptor, available, used, queueSize, features],

@@ -83,7 +83,7 @@ export async function script(
   ];
 }
 
-/** What `zig build` is to make: the programs, or the core with its symbols. */
+/** What `zig build` is to make: the program, or the core with its symbols. */
 type NativeStep = "bench" | "bench-profiled";
 const builds = new Map<NativeStep, Promise<string>>();
 
@@ -108,9 +108,11 @@ export function buildNative(wanted: NativeStep): Promise<string> {
   return build;
 }
 
-/** A native program, `bench-NAME`. */
-export async function native(name: string): Promise<string> {
-  return join(await buildNative("bench"), "bin", `bench-${name}`);
+/** The command that is a native program: one of those in `bench/native/`. */
+export async function native(
+  name: "disk" | "floor" | "ring",
+): Promise<readonly string[]> {
+  return [join(await buildNative("bench"), "bin", "bench-native"), name];
 }
 
 /** The same as `taskset -c CPUS COMMAND`. */

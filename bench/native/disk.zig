@@ -3,7 +3,7 @@
 //! the time. Memory and ring come from the load generator by /proc, without a
 //! protocol.
 //!
-//!   bench-disk KIND DISK_BYTES MEMORY_FILE MEMORY_BYTES DESCRIPTORS AVAILABLE
+//!   bench-native disk KIND DISK_BYTES MEMORY_FILE MEMORY_BYTES DESCRIPTORS AVAILABLE
 //!     USED QUEUE_SIZE FEATURES
 //!
 //! KIND is null or memory; addresses are guest addresses, in memory that begins
@@ -80,20 +80,18 @@ fn number(arguments: *std.process.Args.Iterator) u64 {
     };
 }
 
-pub fn main(init: std.process.Init.Minimal) void {
-    var arguments = init.args.iterate();
-    _ = arguments.next();
+pub fn main(arguments: *std.process.Args.Iterator) void {
     const kind = arguments.next() orelse "";
-    const disk_bytes = number(&arguments);
+    const disk_bytes = number(arguments);
     const file = linux.open(arguments.next() orelse "", .{ .ACCMODE = .RDWR, .CLOEXEC = true }, 0);
     const fd: i32 = @intCast(core.must(core.resultOf(file), "open the guest's memory"));
-    const memory_bytes = number(&arguments);
+    const memory_bytes = number(arguments);
     const handle = core.openMemory(fd, memory_bytes, 1, 1);
-    const descriptors = number(&arguments);
-    const available = number(&arguments);
-    const used = number(&arguments);
-    const size: u32 = @intCast(number(&arguments));
-    const features = number(&arguments);
+    const descriptors = number(arguments);
+    const available = number(arguments);
+    const used = number(arguments);
+    const size: u32 = @intCast(number(arguments));
+    const features = number(arguments);
     const config: layout.RingConfig = .{
         .descriptor_address = descriptors,
         .available_address = available,

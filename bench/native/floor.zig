@@ -1,7 +1,7 @@
 //! What no back-end can be faster than on this machine: copies of 4 KiB, a
 //! cache line on its way between two processors, an eventfd written and read.
 //!
-//!   bench-floor MILLISECONDS
+//!   bench-native floor MILLISECONDS
 //!
 //! Prints a line for each: nanoseconds, then what it is.
 
@@ -104,9 +104,7 @@ fn shortCall(_: void) void {
     _ = linux.getppid();
 }
 
-pub fn main(init: std.process.Init.Minimal) !void {
-    var arguments = init.args.iterate();
-    _ = arguments.next();
+pub fn main(arguments: *std.process.Args.Iterator) !void {
     budget_ns = try std.fmt.parseInt(u64, arguments.next() orelse "200", 10) * 1_000_000;
     const cpus = try std.Thread.getCpuCount();
     pinTo(0);

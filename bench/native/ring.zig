@@ -1,7 +1,7 @@
 //! What the core itself costs: requests popped and pushed in batches of 64, by
 //! one thread that is the driver too and writes nothing anew but avail.idx.
 //!
-//!   bench-ring MILLISECONDS REGIONS SEGMENTS
+//!   bench-native ring MILLISECONDS REGIONS SEGMENTS
 //!
 //! Prints nanoseconds per request: pop, push. Each request has a header, SEGMENTS
 //! buffers of 4 KiB and a status, in an indirect table; the buffers are spread at
@@ -56,9 +56,7 @@ fn make(bytes: [*]align(4096) u8, segments: u32, random: *std.Random.SplitMix64)
     }
 }
 
-pub fn main(init: std.process.Init.Minimal) !void {
-    var arguments = init.args.iterate();
-    _ = arguments.next();
+pub fn main(arguments: *std.process.Args.Iterator) !void {
     const budget_ns = try std.fmt.parseInt(u64, arguments.next() orelse "200", 10) * 1_000_000;
     const regions = try std.fmt.parseInt(u32, arguments.next() orelse "1", 10);
     const segments = try std.fmt.parseInt(u32, arguments.next() orelse "1", 10);

@@ -33,7 +33,10 @@ function nativeFloor(run: Run): Promise<Map<string, number>> {
       const program = await native("floor");
       // It needs both: the bench itself has one.
       const cpus = `${frontendCpu},${backendCpu}`;
-      const [command, ...args] = pinned(cpus, [program, String(run.runMs)]);
+      const [command, ...args] = pinned(cpus, [
+        ...program,
+        String(run.runMs),
+      ]);
       const text = execFileSync(command, args, { encoding: "utf8" });
       return new Map(
         text.trim().split("\n").map((line) => {

@@ -21,7 +21,7 @@ function inTheCore(segments: number): Case {
       const program = await native("ring");
       const turns = regionCounts.map((regions) => () => {
         const [command, ...args] = pinned(String(backendCpu), [
-          program,
+          ...program,
           ...[Math.ceil(run.runMs / 4), regions, segments].map(String),
         ]);
         const answer = execFileSync(command, args, { encoding: "utf8" });
