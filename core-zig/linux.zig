@@ -19,6 +19,14 @@ pub fn isError(raw: usize) bool {
     return @as(isize, @bitCast(raw)) < 0 and @as(isize, @bitCast(raw)) > -4096;
 }
 
+/// The result of a call that is made again where a signal came first.
+pub fn insist(comptime call: anytype, arguments: anytype) i32 {
+    while (true) {
+        const raw: usize = @call(.auto, call, arguments);
+        if (linux.errno(raw) != .INTR) return result(raw);
+    }
+}
+
 pub fn closeQuietly(fd: i32) void {
     _ = linux.close(fd);
 }

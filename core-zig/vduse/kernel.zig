@@ -10,35 +10,21 @@ const linux = sys.linux;
 pub const Kernel = struct {
     /// Non-blocking: what has no message answers -EAGAIN.
     pub fn open(path: [*:0]const u8) i32 {
-        while (true) {
-            const raw = linux.open(path, .{ .ACCMODE = .RDWR, .CLOEXEC = true, .NONBLOCK = true }, 0);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.open, .{ path, .{ .ACCMODE = .RDWR, .CLOEXEC = true, .NONBLOCK = true }, 0 });
     }
 
-    pub fn close(fd: i32) void {
-        sys.closeQuietly(fd);
-    }
+    pub const close = sys.closeQuietly;
 
     pub fn ioctl(fd: i32, request: u32, argument: usize) i32 {
-        while (true) {
-            const raw = linux.ioctl(fd, request, argument);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.ioctl, .{ fd, request, argument });
     }
 
     pub fn read(fd: i32, buffer: []u8) i32 {
-        while (true) {
-            const raw = linux.read(fd, buffer.ptr, buffer.len);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.read, .{ fd, buffer.ptr, buffer.len });
     }
 
     pub fn write(fd: i32, buffer: []const u8) i32 {
-        while (true) {
-            const raw = linux.write(fd, buffer.ptr, buffer.len);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.write, .{ fd, buffer.ptr, buffer.len });
     }
 
     pub fn closeOnExec(fd: i32) void {

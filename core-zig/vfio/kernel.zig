@@ -9,21 +9,13 @@ const linux = sys.linux;
 
 pub const Kernel = struct {
     pub fn open(path: [*:0]const u8) i32 {
-        while (true) {
-            const raw = linux.open(path, .{ .ACCMODE = .RDWR, .CLOEXEC = true }, 0);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.open, .{ path, .{ .ACCMODE = .RDWR, .CLOEXEC = true }, 0 });
     }
 
-    pub fn close(fd: i32) void {
-        sys.closeQuietly(fd);
-    }
+    pub const close = sys.closeQuietly;
 
     pub fn ioctl(fd: i32, request: u32, argument: usize) i32 {
-        while (true) {
-            const raw = linux.ioctl(fd, request, argument);
-            if (linux.errno(raw) != .INTR) return sys.result(raw);
-        }
+        return sys.insist(linux.ioctl, .{ fd, request, argument });
     }
 
     /// Bytes read: a device that has gone answers an error or none.
