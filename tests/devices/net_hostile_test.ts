@@ -25,6 +25,7 @@ import { withBystander, type World } from "../hostile/world.ts";
 // The runtime keeps descriptors from its first Worker on.
 import "../session/worker_world.ts";
 import { eventually, within } from "../support/wait.ts";
+import { NetFlood } from "./net_flood.ts";
 import { frameOf, swapped } from "./net_guest.ts";
 import { allOffloads, lies, offloading } from "./net_lies.ts";
 
@@ -337,37 +338,16 @@ test("row 48: a ring that is always full of the smallest frames costs a bounded 
   let inTurn = 0;
   let most = 0;
   return withBystander(async (world) => {
-    const device = await VhostUserDevice.open({
-      path: world.path,
-      features: offloading,
-      queueCount: 2,
-      queueSize: 1024,
-    });
-    const driver = device.queues[1] as SplitDriver;
-    const buffer = device.ram.allocate(32);
-    for (let head = 0; head < driver.queueSize; head++) {
-      driver.descriptor(head, {
-        address: buffer,
-        length: 26,
-        flags: 0,
-        next: 0,
-      });
-      driver.publish(head);
-    }
-    let seen = driver.usedIndex;
-    refill = () => {
-      for (; seen !== driver.usedIndex; seen = (seen + 1) & 0xffff) {
-        driver.publish(driver.ring.usedElement(seen).id);
-      }
-    };
-    driver.kick();
+    const flood = await NetFlood.open(world.path);
+    refill = () => flood.refill();
+    flood.kick();
     await eventually(() => chains > 10_000, "the flood runs");
     for (let i = 0; i < 20; i++) await world.other.serve();
     assert.ok(most <= 320, `${most} frames in one turn`);
     refill = () => {};
     assert.deepEqual(world.errors, []);
-    device.connection.close();
-    await device.close();
+    flood.device.connection.close();
+    await flood.device.close();
   }, () =>
     netDevice({
       end: {

@@ -8,7 +8,6 @@ import {
   NetGso,
   NetHeaderFlag,
   type SplitDriver,
-  VhostUserDevice,
 } from "../../frontend/mod.ts";
 import { withBystander, type World } from "../hostile/world.ts";
 import { test } from "../harness.ts";
@@ -16,6 +15,7 @@ import { test } from "../harness.ts";
 import "../session/worker_world.ts";
 import { eventually, within } from "../support/wait.ts";
 import { endModule, Inspected } from "./net_end_modules.ts";
+import { NetFlood } from "./net_flood.ts";
 import { frameOf } from "./net_guest.ts";
 import { allOffloads, lies, offloading } from "./net_lies.ts";
 
@@ -114,33 +114,15 @@ test("row 28: a header that changes while a Worker looks is one that was checked
 
 test("row 48: a ring that is always full keeps a Worker neither from other guests nor from a stop", () =>
   inspect(async (world, words) => {
-    const device = await VhostUserDevice.open({
-      path: world.path,
-      features: offloading,
-      queueCount: 2,
-      queueSize: 1024,
-    });
-    const driver = device.queues[1] as SplitDriver;
-    const buffer = device.ram.allocate(32);
-    for (let head = 0; head < driver.queueSize; head++) {
-      driver.descriptor(head, {
-        address: buffer,
-        length: 26,
-        flags: 0,
-        next: 0,
-      });
-      driver.publish(head);
-    }
+    const flood = await NetFlood.open(world.path);
     let isFlooding = true;
-    const refill = (seen: number) => {
+    const refill = () => {
       if (!isFlooding) return;
-      for (; seen !== driver.usedIndex; seen = (seen + 1) & 0xffff) {
-        driver.publish(driver.ring.usedElement(seen).id);
-      }
-      driver.kick();
-      setImmediate(refill, seen);
+      flood.refill();
+      flood.kick();
+      setImmediate(refill);
     };
-    refill(driver.usedIndex);
+    refill();
     await eventually(() => words[Inspected.frames] > 10_000, "the flood runs");
     // Of the same Worker.
     const card = await NetClient.open({ path: world.path });
@@ -151,8 +133,8 @@ test("row 48: a ring that is always full keeps a Worker neither from other guest
     await card.close();
     const before = words[Inspected.frames];
     await eventually(() => words[Inspected.frames] > before + 10_000);
-    await within(device.stopQueue(1), "the queue stops");
+    await within(flood.device.stopQueue(1), "the queue stops");
     isFlooding = false;
-    await device.close();
+    await flood.device.close();
     assert.deepEqual(world.errors, []);
   }));
