@@ -20,7 +20,7 @@ pub fn isError(raw: usize) bool {
 }
 
 /// The result of a call that is made again where a signal came first.
-pub fn insist(comptime call: anytype, arguments: anytype) i32 {
+pub fn insist(comptime call: anytype, arguments: std.meta.ArgsTuple(@TypeOf(call))) i32 {
     while (true) {
         const raw: usize = @call(.auto, call, arguments);
         if (linux.errno(raw) != .INTR) return result(raw);

@@ -78,4 +78,5 @@ pub fn map(file: i32, offset: f64, size: f64, address_out: *u64) callconv(.c) i3
 
 test {
     _ = @import("device_test.zig");
+    _ = @import("kernel.zig");
 }

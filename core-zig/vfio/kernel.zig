@@ -3,6 +3,7 @@
 //! against a kernel of their own (`fake_kernel.zig`). Results are `>= 0` or a
 //! negative errno.
 
+const std = @import("std");
 const sys = @import("../linux.zig");
 const mapping = @import("../memory/mapping.zig");
 const linux = sys.linux;
@@ -38,3 +39,9 @@ pub const Kernel = struct {
         slot.unmap();
     }
 };
+
+// The tests beside this file run over a fake kernel: without this they pass
+// with a real one that does not compile.
+test "the real kernel compiles" {
+    std.testing.refAllDecls(Kernel);
+}

@@ -211,4 +211,5 @@ pub fn deviceClose(handle: u32) callconv(.c) i32 {
 test {
     _ = @import("info.zig");
     _ = @import("device_test.zig");
+    _ = @import("kernel.zig");
 }
