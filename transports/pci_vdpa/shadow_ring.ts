@@ -59,6 +59,8 @@ export class ShadowRing implements RunningRing {
   #virtqueue: Virtqueue | undefined;
   #unwatch: (() => void) | undefined;
   #tableBytes = 0;
+  /** Where the guest's ring goes on after what was taken last. */
+  #position = 0;
   #serial = 0;
   /** The youngest of the requests that are done. */
   #lastDone = -1;
@@ -114,8 +116,6 @@ export class ShadowRing implements RunningRing {
     this.#position = this.#virtqueue.position;
     this.#virtqueue.kick();
   }
-
-  #position = 0;
 
   /** The request that was popped goes to the device. */
   #take(): void {
