@@ -103,7 +103,7 @@ pub const manifest = .{
 
     // Postcopy: the back-end's side, then the front-end's
     .{ "userfault_open", userfault.open, "" },
-    .{ "postcopy_listen", postcopy.listen, "memory fd hangup_fd" },
+    .{ "postcopy_listen", postcopy.listen, "memory fd hangup_fd timeout_ms" },
     .{ "postcopy_end", postcopy.end, "memory is_gone" },
     .{ "userfault_read", userfault.read, "fd addresses_out capacity" },
     .{ "userfault_copy", userfault.copy, "fd address source size" },

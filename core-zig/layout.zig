@@ -101,6 +101,8 @@ pub const memory_ok: u32 = 0;
 /// The file behind a region shrank: the region reads as zeros from now on.
 pub const memory_faulted: u32 = 1;
 pub const memory_revoked: u32 = 2;
+/// Revoked because a page of a guest that migrates here did not come.
+pub const memory_starved: u32 = 3;
 
 pub const RingConfig = extern struct {
     /// Descriptor area, driver area and device area, by their names in a split

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1066496730;
+export const abiHash = 1676367308;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -326,8 +326,8 @@ export const functions = {
   },
   postcopyListen: {
     symbol: "vhost2_postcopy_listen",
-    parameters: ["u32", "i32", "i32"],
-    names: "memory, fd, hangupFd",
+    parameters: ["u32", "i32", "i32", "u32"],
+    names: "memory, fd, hangupFd, timeoutMs",
     result: "i32",
   },
   postcopyEnd: {
@@ -1074,6 +1074,7 @@ export const constants = {
   memoryOk: 0,
   memoryFaulted: 1,
   memoryRevoked: 2,
+  memoryStarved: 3,
   flagRingLogged: 1,
   flagRingResumed: 2,
   flagRingAnew: 4,

@@ -59,7 +59,7 @@ export interface PreparedChange {
 export type { Translation };
 /** An iova is translated by the IOTLB. */
 export type AddressSpace = "gpa" | "uva" | "iova";
-export type MemoryState = "ok" | "faulted" | "revoked";
+export type MemoryState = "ok" | "faulted" | "revoked" | "starved";
 
 const spaces = { gpa: constants.spaceGpa, uva: constants.spaceUva };
 const kinds = {
@@ -152,8 +152,11 @@ export class GuestMemory {
   #regions: readonly MappedRegion[] = Object.freeze([]);
   readonly #stopWatching: () => void;
   #isClosed = false;
-  /** Called once when the memory faults under the device. */
-  onFault: (() => void) | undefined;
+  /**
+   * Called once when the memory is taken away under the device: a file became
+   * shorter, or a page that this isolate waited for did not come.
+   */
+  onFault: ((state: "faulted" | "starved") => void) | undefined;
   /** Told of regions in the isolate that keeps the table. */
   watcher: RegionWatcher | undefined;
   /** Changes before the table does, and again after. */
@@ -182,10 +185,11 @@ export class GuestMemory {
     this.log = new DirtyLog(this.handle);
     this.iotlb = new Iotlb(this.handle);
     this.#stopWatching = eventLoop.onFault(() => {
-      if (this.state !== "faulted") return;
+      const { state } = this;
+      if (state !== "faulted" && state !== "starved") return;
       const handler = this.onFault;
       this.onFault = undefined;
-      handler?.();
+      handler?.(state);
     });
   }
 
@@ -241,6 +245,8 @@ export class GuestMemory {
         return "ok";
       case constants.memoryFaulted:
         return "faulted";
+      case constants.memoryStarved:
+        return "starved";
       default:
         return "revoked";
     }
@@ -487,12 +493,13 @@ export class GuestMemory {
   /**
    * Postcopy: regions that come from here on have their missing pages filled
    * by whoever reads the userfaultfd `fd`, which becomes the memory's. When
-   * `hangupFd`, the front-end's socket, hangs up, the memory is revoked.
+   * `hangupFd`, the front-end's socket, hangs up, the memory is revoked; it
+   * starves when this isolate has slept for `timeoutMs` (up to 2^32 - 1).
    * Throws when there are regions already.
    */
-  listenForPostcopy(fd: number, hangupFd: number): void {
+  listenForPostcopy(fd: number, hangupFd: number, timeoutMs: number): void {
     check(
-      core.postcopyListen(this.handle, fd, hangupFd),
+      core.postcopyListen(this.handle, fd, hangupFd, timeoutMs),
       "Cannot watch the memory for missing pages",
     );
   }

@@ -41,10 +41,13 @@ export function openUserfault(): number {
 /** Where one session is in it. */
 export class Postcopy {
   readonly #memory: GuestMemory;
+  readonly #timeoutMs: number;
   #state: State = { kind: "off" };
 
-  constructor(memory: GuestMemory) {
+  /** @param timeoutMs for which this isolate may sleep on a page */
+  constructor(memory: GuestMemory, timeoutMs: number) {
     this.#memory = memory;
+    this.#timeoutMs = timeoutMs;
   }
 
   /** SET_MEM_TABLE is answered by where its regions are mapped. */
@@ -76,7 +79,8 @@ export class Postcopy {
     if (this.#memory.regions.length > 0) {
       throw new Refusal("guest memory was set before");
     }
-    this.#memory.listenForPostcopy(this.#state.fd, hangupFd);
+    const { fd } = this.#state;
+    this.#memory.listenForPostcopy(fd, hangupFd, this.#timeoutMs);
     this.#state = { kind: "listening", isAckDue: false };
   }
 

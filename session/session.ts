@@ -51,6 +51,8 @@ export interface SessionOptions {
   readonly sharedMemory: readonly number[];
   /** PAGEFAULT is offered. */
   readonly postcopy: boolean;
+  /** Milliseconds for which this isolate may sleep on a page of its guest's. */
+  readonly postcopyTimeoutMs: number;
   readonly queueCount: number;
   /** See `DeviceOptions.runsDisabledRings`. */
   readonly runsDisabledRings: boolean;
@@ -90,7 +92,7 @@ export class Session {
   readonly requests: BackendRequests = new BackendRequests(this);
   readonly sharedMemory: SharedMemory;
   readonly deviceState: DeviceState = new DeviceState(this);
-  readonly postcopy: Postcopy = new Postcopy(this.memory);
+  readonly postcopy: Postcopy;
   readonly inflight: InflightTracking = new InflightTracking(this);
   /** IOVAs, where the driver uses them. */
   readonly translations: Translations = new Translations(this);
@@ -130,12 +132,13 @@ export class Session {
     });
     // An op may be waiting for something that only the front-end could end.
     connection.onHangup = () => this.#end.abort();
-    this.memory.onFault = () => {
+    this.postcopy = new Postcopy(this.memory, options.postcopyTimeoutMs);
+    this.memory.onFault = (state) => {
+      const reason = state === "starved"
+        ? `the front-end did not fill a page that this thread waited for (postcopyTimeoutMs: ${options.postcopyTimeoutMs}, or until a signal to end the process)`
+        : "the front-end took guest memory away (its file, or the dirty log's, became shorter)";
       this.report(
-        new Vhost2Error(
-          "MEMORY",
-          `Cannot go on with ${this.name}: the front-end took guest memory away (its file, or the dirty log's, became shorter)`,
-        ),
+        new Vhost2Error("MEMORY", `Cannot go on with ${this.name}: ${reason}`),
       );
       this.queues.signalErrors();
       this.connection.close();

@@ -41,6 +41,7 @@ const maxQueueCount = 256;
 /** More than a machine has processors is no use. */
 const maxWorkers = 256;
 const maxPollMicroseconds = 1_000_000;
+const maxPostcopyTimeoutMs = 2 ** 32 - 1;
 
 /** Options of `registerTarget`, beside those of the transport. */
 export interface DeviceOptions {
@@ -85,16 +86,23 @@ export interface DeviceOptions {
    * target of that thread: where other guests must not wait for the network of
    * this one, give it a process of its own. Nothing in this process is needed
    * for the page to come; the front-end must be another process. When it dies
-   * first, the sleepers wake up, the memory is revoked and the device ends. A
-   * front-end that lives and never fills the page is waited for, until the
-   * target is unregistered (by another thread than the sleeper: with `workers`)
-   * or SIGINT or SIGTERM comes, which is handled within half a second.
+   * first, the sleepers wake up, the memory is revoked and the device ends; so
+   * it does when the front-end lives and this thread has slept for
+   * `postcopyTimeoutMs`, or SIGINT or SIGTERM comes, which is handled within
+   * half a second. A Worker that sleeps is waited for until the target is
+   * unregistered.
    *
    * `registerTarget` throws SYSTEM, with the reason, where the kernel refuses
    * a userfaultfd that covers system calls: it takes CAP_SYS_PTRACE, access to
    * /dev/userfaultfd, or `sysctl vm.unprivileged_userfaultfd=1`.
    */
   readonly postcopy?: boolean;
+  /**
+   * Milliseconds for which this thread may sleep on a page of a guest's that
+   * migrates here, 1000 and more or `Infinity`; 60000 unless given. A thread
+   * that was busy with something else for as long is taken to have slept.
+   */
+  readonly postcopyTimeoutMs?: number;
   /** Queues at most, 1 to 256; 1 unless given. */
   readonly queueCount?: number;
   /**
@@ -297,6 +305,7 @@ export class Target {
         deviceType: this.#options.deviceType,
         sharedMemory: this.#options.sharedMemory ?? [],
         postcopy: this.#options.postcopy ?? false,
+        postcopyTimeoutMs: postcopyTimeoutOf(this.#options),
         queueCount: queueCountOf(own, dataPath),
         runsDisabledRings: this.#options.runsDisabledRings ?? false,
         device: (device) => this.#makeDevice(device, dataPath),
@@ -395,6 +404,20 @@ function sharedBytesOf(device: DeviceFactory | DeviceModule): number {
   return typeof device === "function" ? 0 : device.sharedBytes ?? 0;
 }
 
+function postcopyTimeoutOf(
+  { postcopyTimeoutMs = 60_000 }: DeviceOptions,
+): number {
+  if (postcopyTimeoutMs === Infinity) return maxPostcopyTimeoutMs;
+  if (
+    Number.isInteger(postcopyTimeoutMs) && postcopyTimeoutMs >= 1000 &&
+    postcopyTimeoutMs <= maxPostcopyTimeoutMs
+  ) return postcopyTimeoutMs;
+  throw new Vhost2Error(
+    "OPTION",
+    `Cannot use postcopyTimeoutMs: ${postcopyTimeoutMs} (a whole number from 1000 to ${maxPostcopyTimeoutMs}, or Infinity)`,
+  );
+}
+
 function checkWorkers(options: CompleteOptions): void {
   const { device, workers = 0, pollMicroseconds = 0 } = options;
   const { queuesTogether = 1 } = device as Partial<DeviceModule>;
@@ -460,6 +483,7 @@ export async function registerTarget(given: TargetOptions): Promise<Target> {
     );
   }
   checkWorkers(options);
+  postcopyTimeoutOf(options);
   const { protocolFeatures = 0n } = options;
   if (
     typeof protocolFeatures !== "bigint" ||

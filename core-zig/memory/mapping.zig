@@ -36,6 +36,11 @@ pub const Health = struct {
         self.notify();
     }
 
+    pub fn isRevoked(self: *const Health) bool {
+        const state = self.state.load(.acquire);
+        return state == layout.memory_revoked or state == layout.memory_starved;
+    }
+
     /// Has the isolate look at the state. Async-signal-safe.
     pub fn notify(self: *Health) void {
         const fd = self.event.load(.acquire);

@@ -270,8 +270,7 @@ pub fn prepare(handle: u32, kind: u32, requests: ?[*]const layout.RegionRequest,
     self.lock.lock();
     defer self.lock.unlock();
     if (self.staged != null) return sys.fail(.BUSY);
-    if (count > 0 and kind != layout.prepare_remove and
-        self.health.state.load(.acquire) == layout.memory_revoked) return sys.fail(.STALE);
+    if (count > 0 and kind != layout.prepare_remove and self.health.isRevoked()) return sys.fail(.STALE);
     var next: stage.Stage = .{ .current = self.table.load(.acquire), .views = &self.views, .health = &self.health, .result = result };
     if (self.postcopy) |guard| next.userfault = guard.fd;
     var code: i32 = 0;

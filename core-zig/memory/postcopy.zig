@@ -10,10 +10,11 @@
 //! file (`fault.zig`).
 //!
 //! A front-end that lives may take its time: a migration can be paused for
-//! minutes. But whoever asks the process to end (`interrupt.zig`) is not made to
-//! wait for that: where the memory's isolate does not even look at its poll set
-//! then, it sleeps, and the thread takes the memory away too, so that the signal
-//! is handled.
+//! minutes. But it must not hold what others need of this process. So the thread
+//! has the memory's isolate look at its poll set now and then; where it has not
+//! done so for as long as it may sleep, or a signal asks the process to end
+//! (`interrupt.zig`) and it does not look then, the thread takes the memory away
+//! too. A Worker that sleeps holds nobody but the guest whose page it is.
 
 const std = @import("std");
 const linux = std.os.linux;
@@ -35,12 +36,18 @@ pub const Guard = struct {
     epoll: i32 = -1,
     stop: i32 = -1,
     thread: ?sync.Thread = null,
-    /// Signals to end the process that have been dealt with.
+    /// So many looks in vain mean that the isolate has slept for too long.
+    patience: u64,
+    /// How often it had looked, and for how many of ours it has not since.
+    looks: u32 = 0,
+    unanswered: u64 = 0,
+    /// Signals to end the process, at the look before.
     signals: u32 = 0,
+    is_signalled: bool = false,
 
     const token_hangup = 0;
     const token_stop = 1;
-    /// How long an isolate that is awake has to look.
+    /// Between two looks: an isolate that is awake needs less to answer one.
     const look_ms = 200;
 
     /// The socket is watched without a reference: when its owner closes it the
@@ -68,32 +75,34 @@ pub const Guard = struct {
 
     fn run(argument: ?*anyopaque) callconv(.c) ?*anyopaque {
         const self: *Guard = @ptrCast(@alignCast(argument.?));
-        var asked: ?struct { signals: u32, looks: u32 } = null;
         while (true) {
             interrupt.watch();
             var events: [2]linux.epoll_event = undefined;
             const count = linux.epoll_wait(self.epoll, &events, events.len, look_ms);
             if (sys.isError(count)) continue; // EINTR; the descriptors are ours
-            if (count == 0) {
-                const now = interrupt.count.load(.seq_cst);
-                if (now == self.signals) continue;
-                const before = asked orelse {
-                    asked = .{ .signals = now, .looks = self.owner.looks.load(.seq_cst) };
-                    self.owner.health.notify();
-                    continue;
-                };
-                self.signals = before.signals;
-                asked = null;
-                if (before.looks != self.owner.looks.load(.seq_cst)) continue;
-            }
+            if (count == 0 and !self.isStarved()) continue;
             for (events[0..count]) |event| {
                 if (event.data.u64 == token_stop) return null;
             }
-            self.takeMemory();
+            self.takeMemory(if (count == 0) layout.memory_starved else layout.memory_revoked);
             // Only the stop is of interest now; the socket may stay hung up.
             self.awaitStop();
             return null;
         }
+    }
+
+    /// Whether the isolate sleeps when it may not any more. Asks it to look.
+    fn isStarved(self: *Guard) bool {
+        const looks = self.owner.looks.load(.seq_cst);
+        self.unanswered = if (looks == self.looks) self.unanswered + 1 else 0;
+        self.looks = looks;
+        if (self.unanswered > 0 and self.is_signalled) return true;
+        if (self.unanswered > self.patience) return true;
+        const signals = interrupt.count.load(.seq_cst);
+        self.is_signalled = signals != self.signals;
+        self.signals = signals;
+        self.owner.health.notify();
+        return false;
     }
 
     fn awaitStop(self: *Guard) void {
@@ -101,10 +110,11 @@ pub const Guard = struct {
         while (linux.poll(&watched, 1, -1) != 1) {}
     }
 
-    fn takeMemory(self: *Guard) void {
+    fn takeMemory(self: *Guard, state: u32) void {
         self.owner.lock.lock();
         defer self.owner.lock.unlock();
-        self.owner.health.state.store(layout.memory_revoked, .seq_cst);
+        self.owner.health.state.store(state, .seq_cst);
+        defer self.owner.health.notify();
         var next = self.owner.views.first;
         while (next) |region| : (next = region.next) {
             if (region.userfault.load(.acquire) < 0) continue;
@@ -138,12 +148,18 @@ pub const Guard = struct {
 
 /// Regions mapped from here on are watched by the userfaultfd `fd`, which on
 /// success becomes the memory's. When `hangup_fd`, the front-end's socket,
-/// hangs up before `end`, the memory is taken away. -EBUSY when there are
-/// regions, or it listens already.
-pub fn listen(handle: u32, fd: i32, hangup_fd: i32) callconv(.c) i32 {
+/// hangs up before `end`, the memory is taken away; so it is when the isolate
+/// has slept for `timeout_ms`. -EBUSY when there are regions, or it listens
+/// already.
+pub fn listen(handle: u32, fd: i32, hangup_fd: i32, timeout_ms: u32) callconv(.c) i32 {
     const self = memory.get(handle) orelse return sys.fail(.BADF);
     const guard = sync.allocator.create(Guard) catch return sys.fail(.NOMEM);
-    guard.* = .{ .owner = self, .fd = -1, .nothing = descriptor.memfdCreate(0) };
+    guard.* = .{
+        .owner = self,
+        .fd = -1,
+        .nothing = descriptor.memfdCreate(0),
+        .patience = timeout_ms / Guard.look_ms,
+    };
     const started = guard.start(hangup_fd);
     if (started < 0) {
         guard.finish();
@@ -170,7 +186,7 @@ pub fn end(handle: u32, is_gone: u32) callconv(.c) i32 {
     self.postcopy = null;
     self.lock.unlock();
     const found = guard orelse return 0;
-    if (is_gone != 0) found.takeMemory();
+    if (is_gone != 0) found.takeMemory(layout.memory_revoked);
     found.finish();
     return 0;
 }

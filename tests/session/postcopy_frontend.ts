@@ -1,4 +1,7 @@
-// A program: a front-end that dies when the back-end waits for a page of it.
+// A program: a front-end that dies when the back-end waits for a page of it, or
+// stays and does not fill it.
+//
+//   postcopy_frontend PATH [stays]
 
 import process from "node:process";
 import { PageFaults, VhostUserDevice } from "../../frontend/mod.ts";
@@ -14,7 +17,10 @@ const guest = await VhostUserDevice.open({
   path: process.argv[2],
 });
 const fd = await adviseAndListen(guest);
-new PageFaults(fd, () => process.kill(process.pid, "SIGKILL"));
+const stays = process.argv[3] === "stays";
+new PageFaults(fd, () => {
+  if (!stays) process.kill(process.pid, "SIGKILL");
+});
 await mapAndStart(guest);
 const address = dataPage(guest, 3);
 await guest.queues[0].submitChain([

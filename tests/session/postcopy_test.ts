@@ -2,7 +2,11 @@
 // (vhost-user-spec.md sections 1.2 and 1.5, DESIGN.md section 8).
 
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
+import {
+  type ChildProcess,
+  spawn,
+  type StdioOptions,
+} from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
@@ -346,31 +350,70 @@ postcopyTest(
   },
 );
 
-postcopyTest(
-  "postcopy: a front-end that dies while this thread waits for its page costs its device, and nobody else anything",
-  () =>
-    serving({ postcopy: true, errorsExpected: true }, async (served) => {
-      const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
-      const program = fileURLToPath(
-        new URL(`postcopy_frontend${extension}`, import.meta.url),
-      );
-      await opened(served, {}, async (bystander) => {
-        await bystander.activate();
-        await bystander.startQueue(0);
-        await assertWorks(bystander);
-        const child = spawn(
-          process.execPath,
-          [...(isNode ? [] : ["run", "--allow-all"]), program, served.path],
-          { stdio: ["ignore", "inherit", "inherit"] },
-        );
-        const ended = new Promise((resolve) => child.once("exit", resolve));
-        await served.recording.completed("deviceDestroy");
-        await ended;
-        assert.equal(child.signalCode, "SIGKILL");
-        await assertWorks(bystander);
-      });
-    }),
-);
+for (
+  const { what, words, postcopyTimeoutMs, killed, message } of [
+    {
+      what: "dies while this thread waits for its page",
+      words: [],
+      postcopyTimeoutMs: Infinity,
+      killed: "SIGKILL",
+      message: null,
+    },
+    {
+      what: "lives, and does not fill the page that this thread waits for,",
+      words: ["stays"],
+      postcopyTimeoutMs: 1000,
+      killed: null,
+      message: /did not fill a page .*postcopyTimeoutMs: 1000/,
+    },
+  ]
+) {
+  postcopyTest(
+    `postcopy: a front-end that ${what} costs its device, and nobody else anything`,
+    () =>
+      serving(
+        { postcopy: true, postcopyTimeoutMs, errorsExpected: true },
+        async (served) => {
+          await opened(served, {}, async (bystander) => {
+            await bystander.activate();
+            await bystander.startQueue(0);
+            await assertWorks(bystander);
+            const child = startProgram(
+              "postcopy_frontend",
+              [served.path, ...words],
+              // What is said of a connection's end is not the test's.
+              ["ignore", "inherit", message === null ? "inherit" : "ignore"],
+            );
+            const ended = new Promise((resolve) => child.once("exit", resolve));
+            if (message !== null) {
+              assert.match((await served.errors.next()).message, message);
+            }
+            await served.recording.completed("deviceDestroy");
+            await ended;
+            assert.equal(child.signalCode, killed);
+            await assertWorks(bystander);
+          });
+        },
+      ),
+  );
+}
+
+/** A program of this folder, in a process of its own. */
+function startProgram(
+  name: string,
+  words: readonly string[],
+  stdio: StdioOptions,
+): ChildProcess {
+  const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
+  const program = fileURLToPath(
+    new URL(`${name}${extension}`, import.meta.url),
+  );
+  return spawn(
+    process.execPath,
+    [...(isNode ? [] : ["run", "--allow-all"]), program, ...words],
+    { stdio },
+  );
+}
 
 for (
   const [what, workers, how, wanted] of [
@@ -384,26 +427,16 @@ for (
     async () => {
       using folder = new TemporaryFolder();
       const path = folder.file("socket");
-      const extension = import.meta.url.slice(import.meta.url.lastIndexOf("."));
-      const program = fileURLToPath(
-        new URL(`postcopy_backend${extension}`, import.meta.url),
-      );
-      const child = spawn(
-        process.execPath,
-        [
-          ...(isNode ? [] : ["run", "--allow-all"]),
-          program,
-          path,
-          String(workers),
-          how,
-        ],
-        { stdio: ["ignore", "pipe", "inherit"] },
+      const child = startProgram(
+        "postcopy_backend",
+        [path, String(workers), how],
+        ["ignore", "pipe", "inherit"],
       );
       const ended = new Promise((resolve) =>
         child.once("exit", (code, signal) => resolve(code ?? signal))
       );
       try {
-        await new Promise((resolve) => child.stdout.once("data", resolve));
+        await new Promise((resolve) => child.stdout!.once("data", resolve));
         const one = { ...postcopyOptions, queueCount: 1 };
         await opened({ path }, one, async (guest) => {
           const fd = await adviseAndListen(guest);
@@ -429,6 +462,23 @@ for (
     },
   );
 }
+
+test("a postcopyTimeoutMs that is no time is refused", async () => {
+  using folder = new TemporaryFolder();
+  for (const postcopyTimeoutMs of [0, 999, 1500.5, 2 ** 32, NaN]) {
+    await assert.rejects(
+      registerTarget({
+        transport: "vhost-user",
+        address: folder.file("socket"),
+        postcopyTimeoutMs,
+        device: () => ({}),
+      }),
+      new RegExp(
+        `^Vhost2Error: Cannot use postcopyTimeoutMs: ${postcopyTimeoutMs} \\(a whole number from 1000 to 4294967295, or Infinity\\)$`,
+      ),
+    );
+  }
+});
 
 if (reason !== null) {
   test("postcopy: true is refused with the reason where the kernel refuses a userfaultfd", async () => {

@@ -28,6 +28,7 @@ export interface ServeOptions {
   readonly deviceType?: string;
   readonly sharedMemory?: readonly number[];
   readonly postcopy?: boolean;
+  readonly postcopyTimeoutMs?: number;
   /** 4 unless given. */
   readonly queueCount?: number;
   /** The device that does the work; an echo unless given. */
@@ -77,6 +78,7 @@ export function targetOptions(
     deviceType: options.deviceType,
     sharedMemory: options.sharedMemory,
     postcopy: options.postcopy,
+    postcopyTimeoutMs: options.postcopyTimeoutMs,
     queueCount: options.queueCount ?? 4,
     device: options.module ??
       ((device) => recording.ops(device, make(device))),
