@@ -5,6 +5,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
+import process from "node:process";
 
 /** A running program. */
 export class Child {
@@ -64,9 +65,25 @@ export class Child {
     return this.line();
   }
 
+  /** It gets no processor time until `resume`. */
+  suspend(): void {
+    this.#signal("SIGSTOP");
+  }
+
+  resume(): void {
+    this.#signal("SIGCONT");
+  }
+
+  /** Its own `kill` takes a process that was sent any signal for a dead one. */
+  #signal(signal: "SIGSTOP" | "SIGCONT" | "SIGTERM" | "SIGKILL"): void {
+    if (!this.#hasEnded) process.kill(this.pid, signal);
+  }
+
   /** Fulfilled when it has ended. */
   async stop(signal: "SIGTERM" | "SIGKILL" = "SIGTERM"): Promise<void> {
-    this.#process.kill(signal);
+    this.#signal(signal);
+    // One that is suspended takes the signal only then.
+    this.resume();
     await this.#ended;
   }
 

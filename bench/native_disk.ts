@@ -35,7 +35,11 @@ export class NativeDisk {
     this.#loads = loads;
   }
 
-  /** Starts it; its loop polls all the time, and so must loads. */
+  /**
+   * Starts it. Its loop polls all the time, and so must loads; between them it
+   * is suspended, or it would take half of the processor from whoever is
+   * measured there.
+   */
   static async start(
     disk: Exclude<Disk, { readonly kind: "file" }>,
   ): Promise<NativeDisk> {
@@ -72,6 +76,7 @@ export class NativeDisk {
     );
     try {
       await child.line();
+      child.suspend();
     } catch (error) {
       await made.close();
       throw error;
@@ -79,11 +84,20 @@ export class NativeDisk {
     return made;
   }
 
+  get pid(): number {
+    return this.#child.pid;
+  }
+
   /** Blocks until the load is done. Throws when a request fails. */
   run(load: Load): LoadFigures {
-    const figures = this.#loads.run(load);
-    if (figures.errors > 0) throw new Error(`${figures.errors} I/O errors`);
-    return figures;
+    this.#child.resume();
+    try {
+      const figures = this.#loads.run(load);
+      if (figures.errors > 0) throw new Error(`${figures.errors} I/O errors`);
+      return figures;
+    } finally {
+      this.#child.suspend();
+    }
   }
 
   async close(): Promise<void> {

@@ -46,6 +46,8 @@ const memoryCases: Case[] = (["read", "write"] as const).flatMap((operation) =>
       { ...reads, operation, depth },
       ours("memory"),
       storageDaemon("memory"),
+      // Unwritten, ours were pages of zeros to read and page faults to write.
+      { isFilled: true },
     )
   )
 );

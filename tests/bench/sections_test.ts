@@ -4,11 +4,14 @@
  */
 
 import assert from "node:assert/strict";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
+import { NativeDisk } from "../../bench/native_disk.ts";
+import { processorTime } from "../../bench/processes.ts";
 import { chosen, type Figure, type Run } from "../../bench/section.ts";
 import { sections } from "../../bench/sections/mod.ts";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
+import { eventually } from "../support/wait.ts";
 
 const diskBytes = 8 << 20;
 /** The native programs may have to be built first. */
@@ -66,6 +69,37 @@ test("bench: data that a disk returns is compared with what was written", async 
     assert.deepEqual([requests.value, wrong.value], [20_000, 0]);
   });
 });
+
+test(
+  "bench: the native loop, which polls all the time, gets none while another disk is measured",
+  async () => {
+    const disk = await NativeDisk.start({ kind: "null", size: diskBytes });
+    try {
+      for (const _ of [1, 2]) {
+        // A stop comes after the call that asks for it.
+        await eventually(() => stateOf(disk.pid) === "T", "a suspended loop");
+        const before = processorTime(disk.pid);
+        const load = {
+          operation: "read",
+          requestBytes: 4096,
+          depth: 1,
+        } as const;
+        const figures = disk.run({ ...load, requestCount: 1000, spins: true });
+        assert.equal(figures.requests, 1000);
+        assert.ok(processorTime(disk.pid) > before);
+      }
+    } finally {
+      await disk.close();
+    }
+  },
+  limitSeconds,
+);
+
+/** The letter of /proc/PID/stat. */
+function stateOf(pid: number): string {
+  const text = readFileSync(`/proc/${pid}/stat`, "utf8");
+  return text.slice(text.lastIndexOf(")") + 2)[0];
+}
 
 test("bench: no two rows have the same name, and a filter chooses by it", () => {
   const names = sections.flatMap((section) =>
