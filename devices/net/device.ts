@@ -23,7 +23,8 @@ import {
 import { ControlQueue } from "./control.ts";
 import type { EndPort, NetEnd, NetLink } from "./ends/end.ts";
 import { Frames } from "./frames.ts";
-import { ReceiveQueue, TransmitQueue } from "./queues.ts";
+import { ReceiveQueue } from "./queues/receive.ts";
+import { TransmitQueue } from "./queues/transmit.ts";
 import { rarpFrame } from "./rarp.ts";
 import { droppedCounter, type NetStatistics } from "./statistics.ts";
 
