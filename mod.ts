@@ -10,7 +10,7 @@ export type {
   DeviceOptions,
   PassedOnOptions,
   TargetOptions,
-} from "./session/target.ts";
+} from "./session/target_options.ts";
 export type {
   DeviceFactory,
   DeviceModule,
