@@ -3,6 +3,7 @@
 import type { Message } from "../../transports/transport.ts";
 import { Refusal } from "../refusal.ts";
 import type { Session } from "../session.ts";
+import { tracedChannel } from "../traced_channel.ts";
 
 /** The connection is the ownership. */
 export function setOwner(): void {}
@@ -17,7 +18,10 @@ export function setBackendChannel(
 ): void {
   const channel = session.connection.openBackendChannel(message.descriptors);
   session.backendChannel?.close();
-  session.backendChannel = channel;
+  const { trace } = session.options;
+  session.backendChannel = trace === undefined
+    ? channel
+    : tracedChannel(channel, trace);
 }
 
 /** Connection, memory, features and protocol features stay. */

@@ -362,6 +362,32 @@ test("VRING_HOST_NOTIFIER: the queue's area and file, then none; a refusal rejec
   });
 });
 
+test("trace: the device's own requests and their answers have a line each, with their descriptors", async () => {
+  const lines: string[] = [];
+  const trace = (line: string) => void lines.push(line);
+  await running({ trace }, async (device, { connection }, { recording }) => {
+    const queue = recording.queues.get(0)!;
+    await withFile(async (fd) => {
+      lines.length = 0;
+      connection.onBackendRequest = front([]);
+      await queue.setHostNotifier({ fd, offset: page, size: page });
+      connection.onBackendRequest = front([], () => 22n);
+      await assert.rejects(device.addSharedObject(uuid));
+      connection.onBackendRequest = front([]);
+      await device.lookUpSharedObject(uuid);
+    });
+    const text = "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf";
+    assert.deepEqual(lines, [
+      "-> 3 BACKEND_VRING_HOST_NOTIFIER_MSG index=0 size=4096 offset=4096 fds=1 [need_reply]",
+      "<- 3 BACKEND_VRING_HOST_NOTIFIER_MSG ack=0",
+      `-> 6 BACKEND_SHARED_OBJECT_ADD uuid=${text} [need_reply]`,
+      "<- 6 BACKEND_SHARED_OBJECT_ADD ack=22",
+      `-> 8 BACKEND_SHARED_OBJECT_LOOKUP uuid=${text} [need_reply]`,
+      "<- 8 BACKEND_SHARED_OBJECT_LOOKUP u64=0x0",
+    ]);
+  });
+});
+
 test("requests of the device: refused when their feature is not negotiated", async () => {
   const guest = { protocolFeatures: supportedProtocolFeatures };
   await running({ guest }, async (device, _, { recording }) => {
