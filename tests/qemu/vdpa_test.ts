@@ -1,14 +1,16 @@
 /**
  * PCI-vDPA with QEMU's own virtio devices, inside a guest with an IOMMU: Deno,
- * the back-end and our front-end are all in the guest.
+ * the back-end and the front-end, ours or QEMU, are all in the guest.
  */
 
 import assert from "node:assert/strict";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
+import { guestCache } from "./cache.ts";
 import { startGuest } from "./guest.ts";
-import { projectFiles } from "./project_files.ts";
+import { buildInitramfs } from "./initramfs.ts";
+import { projectFiles, qemuFiles } from "./project_files.ts";
 
 const properties = "disable-legacy=on,iommu_platform=on";
 
@@ -69,4 +71,82 @@ deno run --allow-all --no-check tests/qemu/vdpa_probe.ts
     assert.equal(await guest.exited, 0);
   },
   300,
+);
+
+// As docs/transports.md has it. The inner QEMU is stopped and continued while
+// its guest writes: from the first of these on its rings are relayed.
+test(
+  "a guest inside a guest uses a disk by PCI-vDPA, stopped and continued",
+  async () => {
+    using folder = new TemporaryFolder();
+    const disk = folder.file("inner.img");
+    writeFileSync(disk, new Uint8Array(64 << 20));
+    const cache = guestCache();
+    const inner = buildInitramfs(
+      cache,
+      `
+      wait_disk vda
+      make_fs vda
+      for round in 1 2; do
+        write_files vda 8 64; remount_fs vda; check_files vda
+      done
+      umount_fs vda
+      `,
+    );
+    const files = new Map([
+      ...projectFiles(),
+      ...qemuFiles(),
+      ["inner/kernel", { bytes: readFileSync(cache.kernel) }] as const,
+      ["inner/initramfs", { bytes: inner }] as const,
+    ]);
+    await using guest = await startGuest({
+      memoryMb: 3072,
+      cpus: 2,
+      lifetimeMs: 400_000,
+      isolated: [
+        `virtio-blk-pci,addr=6,drive=inner,page-per-vq=on,${properties}`,
+      ],
+      drives: [`if=none,id=inner,format=raw,file=${disk}`],
+      extras: { modules: ["vfio_iommu_type1", "vfio_pci"], files },
+      script: `
+export HOME=/tmp DENO_DIR=/tmp/deno NO_COLOR=1
+cd /project
+vhost2() { deno run --allow-all --no-check cli/main.ts "$@"; }
+vhost2 bind 0000:00:06.0
+mkfifo /tmp/monitor.in /tmp/monitor.out
+cat /tmp/monitor.out >/dev/null &
+vhost2 vdpa 0000:00:06.0 --socket-path /tmp/disk.sock --verbose 2>/tmp/trace &
+until [ -S /tmp/disk.sock ]; do usleep 50000; done
+/usr/bin/qemu-system-x86_64 -m 512M \\
+  -object memory-backend-memfd,id=memory,size=512M,share=on \\
+  -machine memory-backend=memory \\
+  -chardev socket,id=disk,path=/tmp/disk.sock \\
+  -device vhost-user-blk-pci,chardev=disk,page-per-vq=on \\
+  -nic none -display none -vga none -serial stdio -monitor pipe:/tmp/monitor \\
+  -kernel /inner/kernel -initrd /inner/initramfs \\
+  -append "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off" \\
+  </dev/null | while read -r line; do
+    echo "inner: $line"
+    case "$line" in
+    *written*) printf 'stop\\ncont\\n' >/tmp/monitor.in ;;
+    esac
+  done
+echo "bases: $(grep -c '^.*GET_VRING_BASE' /tmp/trace)"
+echo "notifiers: $(grep -c '<- 3 BACKEND_VRING_HOST_NOTIFIER_MSG ack=0' /tmp/trace)"
+`,
+    });
+    const limit = { timeoutMs: 200_000 };
+    const has = (pattern: RegExp) => guest.waitFor(pattern, limit);
+    await has(/^inner: guest-up/);
+    for (let round = 0; round < 2; round++) {
+      await has(/^inner: vda: 8 checksums OK/);
+    }
+    await has(/^inner: guest-exit 0/);
+    const [, bases] = await has(/^bases: (\d+)/);
+    assert.ok(Number(bases) >= 3, `stopped ${bases} times`);
+    const [, notifiers] = await has(/^notifiers: (\d+)/);
+    assert.ok(Number(notifiers) > 0, "the guest kicks the device itself");
+    assert.equal(await guest.exited, 0);
+  },
+  420,
 );
