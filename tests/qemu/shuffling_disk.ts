@@ -4,12 +4,7 @@
 // the name of a VDUSE device, the file's path and the format of its rings.
 import { open } from "node:fs/promises";
 import process from "node:process";
-import {
-  blkDevice,
-  registerTarget,
-  type TransportOptions,
-  VirtioFeature,
-} from "../../mod.ts";
+import { blkDevice, registerTarget, type TransportOptions } from "../../mod.ts";
 
 const [address, path, format] = process.argv.slice(2);
 const file = await open(path, "r+");
@@ -35,14 +30,8 @@ const disk = blkDevice({
     flush: () => file.datasync(),
   },
 });
-const transport: TransportOptions["transport"] = format === undefined
-  ? "vhost-user"
-  : "VDUSE";
-const packed = 1n << BigInt(VirtioFeature.RING_PACKED);
-await registerTarget({
-  transport,
-  address,
-  ...disk,
-  features: format === "split" ? disk.features & ~packed : disk.features,
-});
+const transport: TransportOptions = format === undefined
+  ? { transport: "vhost-user", address }
+  : { transport: "VDUSE", address, packed: format === "packed" };
+await registerTarget({ ...transport, ...disk });
 console.log("listening");

@@ -171,6 +171,7 @@ export async function servingVduse(
     const errors = new Events<Vhost2Error>();
     const transport: VduseOptions = {
       runtimeFolder: folder.path,
+      packed: true,
       ...options,
       transport: "VDUSE",
       address: options.address ?? `model${names++}`,

@@ -55,6 +55,13 @@ test("the kernel is offered what it takes of a disk", () =>
     return Promise.resolve();
   }));
 
+test("the kernel is offered packed rings only where they are asked for", () =>
+  // A monitor that stops its guest is not told where they were.
+  withDisk(({ device: { description } }) => {
+    assert.equal(description.features & packed, 0n);
+    return Promise.resolve();
+  }, { packed: undefined }));
+
 test("the kernel is offered a network card without what needs a control queue", async () => {
   const nic = netDevice({ end: echoEnd(), numQueues: 4 });
   await servingVduse({}, nic, ({ device: { description } }) => {

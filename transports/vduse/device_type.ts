@@ -67,16 +67,14 @@ export function deviceTypeOf(name: string | undefined): DeviceType {
  * are IOVAs for the kernel (ACCESS_PLATFORM), which has translated them for us:
  * the device need not know.
  *
- * @param isTracked the device's requests are tracked in the recovery log;
- *   otherwise packed rings, whose position nothing else tells after a crash,
- *   are left out
+ * @param hasPacked packed rings may be offered
  */
 export function offeredToDriver(
   type: DeviceType,
   features: bigint,
-  isTracked: boolean,
+  hasPacked: boolean,
 ): bigint {
   const refused = type.refused | refusedOfAll |
-    (isTracked ? 0n : featureMask(VirtioFeature.RING_PACKED));
+    (hasPacked ? 0n : featureMask(VirtioFeature.RING_PACKED));
   return (features & ~refused) | featureMask(VirtioFeature.ACCESS_PLATFORM);
 }

@@ -57,6 +57,8 @@ export interface FrontEndOptions {
   readonly type: DeviceType;
   readonly queueCount: number;
   readonly queueSize: number;
+  /** Packed rings are wanted. */
+  readonly hasPacked: boolean;
   /** Told what failed; the front-end goes on. */
   failed(error: Vhost2Error): void;
 }
@@ -107,7 +109,12 @@ export class VduseFrontEnd {
     this.#isTracked = hasFeature(protocol, ProtocolFeature.INFLIGHT_SHMFD);
     this.#description = {
       deviceId: type.id,
-      features: offeredToDriver(type, offered, this.#isTracked),
+      features: offeredToDriver(
+        type,
+        offered,
+        // Nothing but the log tells after a crash where a packed ring was.
+        this.#options.hasPacked && this.#isTracked,
+      ),
       queueCount: Math.min(this.#options.queueCount, type.maxQueues),
       queueSize,
       config: await this.#readConfig(),

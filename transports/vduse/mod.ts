@@ -42,6 +42,13 @@ export interface VduseOptions {
   /** The most descriptors that a queue may have; 256 unless given. */
   readonly queueSize?: number;
   /**
+   * Offers packed rings, if the device's requests may be done twice
+   * (INFLIGHT_SHMFD); false unless given. Only for the kernel's own drivers: a
+   * monitor that stops and continues its guest resets the device, is not told
+   * where a packed ring was, and goes on at its beginning.
+   */
+  readonly packed?: boolean;
+  /**
    * The folder of what outlives a crash of this process, nobody else's; the
    * first of $RUNTIME_DIRECTORY, /run/vhost2, $XDG_RUNTIME_DIR/vhost2 and one
    * among the temporary files that can be had, unless given.
@@ -85,6 +92,7 @@ export async function open(
     isAttached: options.attach ?? true,
     stays: options.stay ?? false,
     queueSize: checkQueueSize(options.queueSize ?? 256),
+    hasPacked: options.packed ?? false,
     runtimeFolder: options.runtimeFolder,
   }, host);
   try {

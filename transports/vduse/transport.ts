@@ -32,6 +32,8 @@ export interface VduseTransportOptions {
   readonly isAttached: boolean;
   readonly stays: boolean;
   readonly queueSize: number;
+  /** Packed rings are wanted. */
+  readonly hasPacked: boolean;
   readonly runtimeFolder: string | undefined;
 }
 
@@ -85,13 +87,14 @@ export class VduseTransport implements Transport {
 
   /** Serves the device, and attaches it. */
   async start(): Promise<void> {
-    const { name, queueSize, isAttached } = this.#options;
+    const { name, queueSize, hasPacked, isAttached } = this.#options;
     const type = deviceTypeOf(this.#host.deviceType);
     const connection = new VduseConnection(`${this.#name} #${++this.#count}`);
     const frontEnd = new VduseFrontEnd(connection, {
       type,
       queueCount: this.#host.queueCount,
       queueSize,
+      hasPacked,
       failed: (error) => this.#host.failed(error),
     });
     const serving: Serving = { connection, frontEnd, device: undefined };
