@@ -40,7 +40,7 @@ export function projectFiles(programs: readonly string[] = []): GuestFiles {
 }
 
 /** With the libraries that it is linked with. */
-function addProgram(files: GuestFiles, to: string, from: string): void {
+export function addProgram(files: GuestFiles, to: string, from: string): void {
   files.set(to, { bytes: readFileSync(from), mode: 0o755 });
   const libraries = execFileSync("ldd", [from], { encoding: "utf8" });
   for (const [path] of libraries.matchAll(/\/\S+/g)) {

@@ -4,12 +4,11 @@
  */
 
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync } from "node:fs";
 import { test } from "../harness.ts";
 import { hasKernel } from "./cache.ts";
 import { type Guest, startGuest } from "./guest.ts";
-import { projectFiles } from "./project_files.ts";
+import { addProgram, projectFiles } from "./project_files.ts";
 
 const MiB = 1 << 20;
 const KILLS = 4;
@@ -28,28 +27,19 @@ function vduseTest(name: string, body: () => Promise<void>): void {
   );
 }
 
-/** The tool `vdpa` with its libraries. */
-function toolFiles(files: ReturnType<typeof projectFiles>) {
-  if (vdpaTool === undefined) return files;
-  files.set("bin/vdpa", { bytes: readFileSync(vdpaTool), mode: 0o755 });
-  const libraries = execFileSync("ldd", [vdpaTool], { encoding: "utf8" });
-  for (const [path] of libraries.matchAll(/\/\S+/g)) {
-    files.set(path.slice(1), { bytes: readFileSync(path), mode: 0o755 });
-  }
-  return files;
-}
-
 /** @param driver who takes what is on the vDPA bus */
 function startVduseGuest(
   script: string,
   driver: "virtio_vdpa" | "vhost_vdpa" = "virtio_vdpa",
 ): Promise<Guest> {
+  const files = projectFiles(["tests/qemu/shuffling_disk.ts"]);
+  if (vdpaTool !== undefined) addProgram(files, "bin/vdpa", vdpaTool);
   return startGuest({
     kernel: "vdpa",
     memoryMb: 1536,
     extras: {
       modules: ["vduse", driver, "virtio_blk", "virtio_net", "tun"],
-      files: toolFiles(projectFiles(["tests/qemu/shuffling_disk.ts"])),
+      files,
     },
     lifetimeMs: 280_000,
     script: `
