@@ -24,9 +24,9 @@ const maxPostcopyTimeoutMs = 2 ** 32 - 1;
 export interface DeviceOptions {
   /**
    * Virtio features offered, as a mask. The library appends VERSION_1 and
-   * PROTOCOL_FEATURES (LOG_ALL with LOG_SHMFD) and nothing else: ring features such as INDIRECT or
-   * EVENT_IDX are the business of whoever processes the rings
-   * (`virtqueueFeatures` for devices that use `virtqueue/`).
+   * PROTOCOL_FEATURES (LOG_ALL with LOG_SHMFD) and nothing else: ring features
+   * such as INDIRECT or EVENT_IDX are the business of whoever processes the
+   * rings (`virtqueueFeatures` for devices that use `virtqueue/`).
    */
   readonly features?: bigint;
   /**
