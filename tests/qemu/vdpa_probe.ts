@@ -158,6 +158,39 @@ async function probeNotifier(address: string): Promise<void> {
 
 const mac = (last: number) => Uint8Array.of(0x52, 0x54, 0, 0, 0, last);
 
+/** From the first card to the second. */
+function frameOf(length: number, fill: number): Uint8Array<ArrayBuffer> {
+  const frame = new Uint8Array(length).fill(fill);
+  frame.set(mac(2));
+  frame.set(mac(1), 6);
+  return frame;
+}
+
+const greeting = frameOf(60, 0xff).join();
+
+async function receiveFrame(card: NetClient): Promise<string> {
+  for (;;) {
+    const frame = (await card.receive()).bytes.join();
+    if (frame !== greeting) return frame;
+  }
+}
+
+/**
+ * Like any card, one that is being started drops what comes too early, and a
+ * front-end is not told when it is up: it is sent frames until one comes.
+ */
+async function greet(a: NetClient, b: NetClient): Promise<void> {
+  let isUp = false;
+  const arrival = b.receive().then(() => isUp = true);
+  while (!isUp) {
+    await a.send(frameOf(60, 0xff));
+    await Promise.race([
+      arrival,
+      new Promise((resolve) => setTimeout(resolve, 100)),
+    ]);
+  }
+}
+
 /** Two cards on one cable; then it is pulled. */
 async function probeNet(first: string, second: string): Promise<void> {
   const cards = [await offer(first), await offer(second)];
@@ -166,13 +199,11 @@ async function probeNet(first: string, second: string): Promise<void> {
   );
   let wrong = 0;
   for (let round = 0; round < 3; round++) {
+    await greet(a, b);
     for (let i = 0; i < 20; i++) {
-      const frame = new Uint8Array(100 + i).fill(i);
-      frame.set(mac(2));
-      frame.set(mac(1), 6);
+      const frame = frameOf(100 + i, i);
       await a.send(frame);
-      const { bytes } = await b.receive();
-      if (bytes.join() !== frame.join()) wrong++;
+      if (await receiveFrame(b) !== frame.join()) wrong++;
     }
     await b.device.stop();
     await b.device.start();
