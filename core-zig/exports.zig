@@ -163,7 +163,7 @@ pub const manifest = .{
     .{ "vfio_bar_file", vfio.barFile, "device bar offset size offset_out" },
     .{ "vfio_read", vfio.read, "device region offset width" },
     .{ "vfio_write", vfio.write, "device region offset width value" },
-    .{ "vfio_interrupts", vfio.interrupts, "device kind fds count" },
+    .{ "vfio_interrupts", vfio.interrupts, "device kind first fds count" },
     .{ "vfio_unmask", vfio.unmask, "device" },
     .{ "vfio_reset", vfio.reset, "device" },
     .{ "vfio_device_close", vfio.deviceClose, "device" },

@@ -2,7 +2,7 @@
 // deno-fmt-ignore-file
 
 /** What the loaded library must answer. */
-export const abiHash = 1676367308;
+export const abiHash = 528570774;
 
 /** Every export: its symbol, the widths of its parameters and result. */
 export const functions = {
@@ -614,8 +614,8 @@ export const functions = {
   },
   vfioInterrupts: {
     symbol: "vhost2_vfio_interrupts",
-    parameters: ["u32", "u32", "buffer", "u32"],
-    names: "device, kind, fds, count",
+    parameters: ["u32", "u32", "u32", "buffer", "u32"],
+    names: "device, kind, first, fds, count",
     result: "i32",
   },
   vfioUnmask: {

@@ -28,8 +28,6 @@ export class PciInterrupts {
   readonly #device: PciDevice;
   readonly #vectors: Vector[] = [];
   readonly #polled = new Set<() => void>();
-  /** Eventfds of others by vector. */
-  readonly #routed = new Map<number, number>();
   #timer: ReturnType<typeof setInterval> | undefined;
   readonly #kind: "msix" | "pin" | "none";
 
@@ -86,11 +84,7 @@ export class PciInterrupts {
    * signalled by the one or the other.
    */
   route(vector: number, fd: number | null): void {
-    if (fd === null) this.#routed.delete(vector);
-    else this.#routed.set(vector, fd);
-    this.#device.setVectors(
-      this.#vectors.map((own, index) => this.#routed.get(index) ?? own.fd),
-    );
+    this.#device.setVectors([fd ?? this.#vectors[vector].fd], vector);
   }
 
   /** The vector's eventfd, for who waits by himself. */

@@ -81,8 +81,11 @@ export interface PciDevice {
   mapBar(bar: number, offset: number, size: number): MappedBar;
   /** Whole pages of a BAR for another process; null where it cannot map them. */
   barFile(bar: number, offset: number, size: number): BarFile | null;
-  /** MSI-X: an eventfd for each vector from 0 on; none at all turns it off. */
-  setVectors(fds: readonly number[]): void;
+  /**
+   * MSI-X: an eventfd for each vector from `first` on, 0 unless given; the
+   * others stay as they are. None at all turns it off.
+   */
+  setVectors(fds: readonly number[], first?: number): void;
   /** The pin's eventfd, or null to turn it off. Masked when signalled. */
   setPin(fd: number | null): void;
   /** The pin may interrupt again. */

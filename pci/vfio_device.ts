@@ -296,8 +296,8 @@ export class VfioDevice implements PciDevice {
     return fd < 0 ? null : { fd, offset: Number(out[0]) };
   }
 
-  setVectors(fds: readonly number[]): void {
-    this.#route(constants.interruptMsix, fds);
+  setVectors(fds: readonly number[], first?: number): void {
+    this.#route(constants.interruptMsix, fds, first);
   }
 
   setPin(fd: number | null): void {
@@ -308,10 +308,11 @@ export class VfioDevice implements PciDevice {
     core.vfioUnmask(this.#handle);
   }
 
-  #route(kind: number, fds: readonly number[]): void {
+  #route(kind: number, fds: readonly number[], first = 0): void {
     const result = core.vfioInterrupts(
       this.#handle,
       kind,
+      first,
       Int32Array.from(fds),
       fds.length,
     );

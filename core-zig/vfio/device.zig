@@ -234,17 +234,19 @@ pub fn Device(comptime Kernel: type) type {
             }
         }
 
-        /// Routes vectors 0 to `fds.len` to eventfds (-1: none); none at all
-        /// turns the kind of interrupt off.
-        pub fn interrupts(self: *Self, index: u32, fds: []const i32) i32 {
-            if (index >= self.irq_counts.len or fds.len > self.irq_counts[index]) return sys.fail(.INVAL);
+        /// Routes vectors from `first` on to eventfds (-1: none) and leaves
+        /// the others as they are; none at all turns the kind of interrupt off.
+        pub fn interrupts(self: *Self, index: u32, first: u32, fds: []const i32) i32 {
+            if (index >= self.irq_counts.len) return sys.fail(.INVAL);
+            const count = self.irq_counts[index];
+            if (first > count or fds.len > count - first) return sys.fail(.INVAL);
             var bytes: [@sizeOf(abi.IrqSet) + 4 * max_vectors]u8 align(4) = undefined;
             const set: *abi.IrqSet = @ptrCast(&bytes);
             set.* = .{
                 .argsz = @intCast(@sizeOf(abi.IrqSet) + 4 * fds.len),
                 .flags = abi.irq_flag_trigger | if (fds.len == 0) abi.irq_flag_none else abi.irq_flag_eventfd,
                 .index = index,
-                .start = 0,
+                .start = if (fds.len == 0) 0 else first,
                 .count = @intCast(fds.len),
             };
             @memcpy(bytes[@sizeOf(abi.IrqSet)..][0 .. 4 * fds.len], std.mem.sliceAsBytes(fds));

@@ -188,12 +188,17 @@ test "vectors get eventfds, and no more than there are" {
     try testing.expectEqual(0, opened.open());
     defer opened.close();
     const device = &opened.device;
-    try testing.expectEqual(0, device.interrupts(abi.irq_msix, &.{ 5, -1, 6 }));
+    try testing.expectEqual(0, device.interrupts(abi.irq_msix, 0, &.{ 5, -1, 6 }));
     try testing.expectEqualSlices(i32, &.{ 5, -1, 6 }, Fake.vectors[0..Fake.vector_count]);
-    try testing.expectEqual(0, device.interrupts(abi.irq_msix, &.{}));
+    try testing.expectEqual(0, device.interrupts(abi.irq_msix, 1, &.{7}));
+    try testing.expectEqualSlices(i32, &.{ 5, 7, 6 }, Fake.vectors[0..Fake.vector_count]);
+    for ([_]u32{ 4, 5, std.math.maxInt(u32) }) |first| {
+        try testing.expectEqual(sys.fail(.INVAL), device.interrupts(abi.irq_msix, first, &.{1}));
+    }
+    try testing.expectEqual(0, device.interrupts(abi.irq_msix, 0, &.{}));
     try testing.expectEqual(0, Fake.vector_count);
-    try testing.expectEqual(sys.fail(.INVAL), device.interrupts(abi.irq_msix, &.{ 1, 2, 3, 4, 5 }));
-    try testing.expectEqual(sys.fail(.INVAL), device.interrupts(9, &.{1}));
+    try testing.expectEqual(sys.fail(.INVAL), device.interrupts(abi.irq_msix, 0, &.{ 1, 2, 3, 4, 5 }));
+    try testing.expectEqual(sys.fail(.INVAL), device.interrupts(9, 0, &.{1}));
     try testing.expectEqual(0, device.unmask());
     try testing.expectEqual(1, Fake.unmasks);
 }

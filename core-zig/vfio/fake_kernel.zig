@@ -176,8 +176,8 @@ pub const Fake = struct {
                 }
                 const fds: [*]align(4) const i32 = @ptrFromInt(argument + @sizeOf(abi.IrqSet));
                 if (set.argsz != @sizeOf(abi.IrqSet) + 4 * set.count) return sys.fail(.INVAL);
-                vector_count = set.count;
-                for (fds[0..set.count], 0..) |fd, index| vectors[index] = fd;
+                vector_count = if (set.count == 0) 0 else @max(vector_count, set.start + set.count);
+                for (fds[0..set.count], set.start..) |fd, index| vectors[index] = fd;
                 return 0;
             },
             abi.request.device_reset => {

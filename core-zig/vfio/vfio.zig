@@ -182,13 +182,13 @@ pub fn write(handle: u32, region: u32, offset: f64, width: u32, value: u32) call
     return self.device.write(region, start, width, value);
 }
 
-/// Routes vectors of one kind (`layout.interrupt_*`) to eventfds, -1 for none;
-/// a count of 0 turns the kind off.
-pub fn interrupts(handle: u32, kind: u32, fds: ?[*]const i32, count: u32) callconv(.c) i32 {
+/// Routes vectors of one kind (`layout.interrupt_*`), from `first` on, to
+/// eventfds, -1 for none; a count of 0 turns the kind off.
+pub fn interrupts(handle: u32, kind: u32, first: u32, fds: ?[*]const i32, count: u32) callconv(.c) i32 {
     const self = devices.get(handle) orelse return sys.fail(.BADF);
-    if (count == 0) return self.device.interrupts(kind, &.{});
+    if (count == 0) return self.device.interrupts(kind, 0, &.{});
     const list = fds orelse return sys.fail(.INVAL);
-    return self.device.interrupts(kind, list[0..count]);
+    return self.device.interrupts(kind, first, list[0..count]);
 }
 
 pub fn unmask(handle: u32) callconv(.c) i32 {

@@ -187,7 +187,7 @@ test("a handle that is none reaches nothing", () => {
       core.vfioMapMemory(handle, 0, 0, 4096, new BigUint64Array(1)),
       bad,
     );
-    assert.equal(core.vfioInterrupts(handle, 2, null, 0), bad);
+    assert.equal(core.vfioInterrupts(handle, 2, 0, null, 0), bad);
     assert.equal(core.vfioDmaMap(handle, 0n, 4096, 0n), bad);
     assert.equal(core.vfioDmaUnmap(handle, 4096, 0n), bad);
     assert.equal(core.vfioDeviceClose(handle), bad);

@@ -179,7 +179,9 @@ export class ModelPciDevice implements PciDevice {
   /** Set: it answers all ones and takes nothing. */
   isGone = false;
   /** Eventfds by vector, as the driver has set them. */
-  vectors: readonly number[] = [];
+  readonly vectors: number[] = [];
+  /** Which were given an eventfd, one after the other. */
+  readonly vectorsSet: number[] = [];
   pin: number | null = null;
   isPinMasked = false;
   /** How often the pin has interrupted. */
@@ -259,9 +261,13 @@ export class ModelPciDevice implements PciDevice {
     return offset + size <= this.barSize(bar) ? { fd, offset } : null;
   }
 
-  setVectors(fds: readonly number[]): void {
-    assert.ok(fds.length <= this.vectorCount);
-    this.vectors = [...fds];
+  setVectors(fds: readonly number[], first = 0): void {
+    assert.ok(first + fds.length <= this.vectorCount);
+    if (fds.length === 0) this.vectors.length = 0;
+    for (const [i, fd] of fds.entries()) {
+      this.vectors[first + i] = fd;
+      this.vectorsSet.push(first + i);
+    }
   }
 
   setPin(fd: number | null): void {
@@ -290,7 +296,7 @@ export class ModelPciDevice implements PciDevice {
   close(): void {
     assert.ok(!this.isClosed, "closed twice");
     this.isClosed = true;
-    this.vectors = [];
+    this.vectors.length = 0;
     this.pin = null;
     this.onClose?.();
     this.dma.close();

@@ -211,7 +211,9 @@ test("an interrupt goes straight to the guest's call, also to a new one", () =>
     await exerciseQueue(guest, 0);
     const old = served.model.vectors[1];
     const fd = core.eventfdCreate();
+    served.model.vectorsSet.length = 0;
     await guest.connection.setVringCall(0, fd, { ack: true });
+    assert.deepEqual(served.model.vectorsSet, [1], "not another queue's");
     assert.notEqual(served.model.vectors[1], old);
     core.eventfdTake(fd);
     const done = guest.queues[0].submit({
