@@ -9,17 +9,12 @@ import {
   VhostUserDevice,
   type VhostUserDeviceOptions,
 } from "../../frontend/mod.ts";
-import { nullBacking, requestOps, virtqueueFeatures } from "../../mod.ts";
+import { nullBacking } from "../../mod.ts";
 import type { Request } from "../../mod.ts";
 import { test } from "../harness.ts";
 import { Events } from "../support/wait.ts";
-import {
-  blkHeader,
-  diskSize,
-  type Victim,
-  withBystander,
-  type World,
-} from "./world.ts";
+import { holding } from "./holding.ts";
+import { blkHeader, diskSize, withBystander, type World } from "./world.ts";
 
 const { NEXT, WRITE, INDIRECT } = DescriptorFlag;
 const rounds = 10;
@@ -287,19 +282,6 @@ test("packed, row 25: unmapped descriptors without a byte, among others, are not
     assert.deepEqual(world.errors, []);
     await device.close();
   }));
-
-/** A device that hands its requests to the test. */
-function holding(requests: Events<Request>): Victim {
-  return {
-    queueCount: 2,
-    features: virtqueueFeatures,
-    device: () =>
-      requestOps((request) => {
-        requests.push(request);
-        return new Promise<number>(() => {});
-      }, { stopTimeoutMs: 50 }),
-  };
-}
 
 test("packed, row 29: descriptors that change after the pop change nothing", () => {
   const requests = new Events<Request>();
