@@ -75,17 +75,7 @@ test("a verified load holds on one queue and on each of four", async () => {
     // Requests go to the queue of the processor that submits them.
     script: `
       echo "queues $(queue_count vda) $(queue_count vdb)"
-      jobs=""
-      for cpu in 0 1 2 3; do
-        for disk in vda vdb; do
-          taskset -c $cpu verify mix /dev/$disk --offset=$((cpu * ${
-      8 * MiB
-    })) \\
-            --size=${8 * MiB} --depth=32 --count=1500 --seed=$((cpu + 1)) &
-          jobs="$jobs $!"
-        done
-      done
-      for job in $jobs; do wait $job; done
+      verify_mix 4 32 1500 vda vdb
       verify bench /dev/vda --depth=32
       verify bench /dev/vdb --depth=32
     `,

@@ -66,6 +66,20 @@ remount_fs() {
   echo "$1: mounted again"
 }
 queue_count() { ls /sys/block/$1/mq | wc -l; }
+# verify_mix 4 32 1500 vda vdb: on each of 4 processors, and so on the queues
+# of each, \`verify mix\` in 8 MiB of each disk, --depth=32 --count=1500.
+verify_mix() {
+  cpus=$1 depth=$2 count=$3 jobs=""
+  shift 3
+  for cpu in $(seq 0 $((cpus - 1))); do
+    for disk in "$@"; do
+      taskset -c $cpu verify mix /dev/$disk --offset=$((cpu << 23)) \\
+        --size=$((1 << 23)) --depth=$depth --count=$count --seed=$((cpu + 1)) &
+      jobs="$jobs $!"
+    done
+  done
+  for job in $jobs; do wait $job; done
+}
 `;
 
 /** What else a guest has. */

@@ -44,17 +44,7 @@ async function iommuGuest(iommu: "strict" | "passthrough"): Promise<void> {
         echo "$disk platform $(echo $features | cut -c34)" \\
           "packed $(echo $features | cut -c35) type $type"
       done
-      jobs=""
-      for cpu in 0 1; do
-        for disk in vda vdb; do
-          taskset -c $cpu verify mix /dev/$disk --offset=$((cpu * ${
-      8 * MiB
-    })) \\
-            --size=${8 * MiB} --depth=16 --count=500 --seed=$((cpu + 1)) &
-          jobs="$jobs $!"
-        done
-      done
-      for job in $jobs; do wait $job; done
+      verify_mix 2 16 500 vda vdb
       make_fs vda
       write_files vda 10 64
       remount_fs vda

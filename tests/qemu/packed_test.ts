@@ -28,17 +28,7 @@ async function packedGuest(): Promise<void> {
       for disk in vda vdb; do
         echo "$disk packed $(cut -c35 /sys/block/$disk/device/features)"
       done
-      jobs=""
-      for cpu in 0 1 2 3; do
-        for disk in vda vdb; do
-          taskset -c $cpu verify mix /dev/$disk --offset=$((cpu * ${
-      8 * MiB
-    })) \\
-            --size=${8 * MiB} --depth=32 --count=1000 --seed=$((cpu + 1)) &
-          jobs="$jobs $!"
-        done
-      done
-      for job in $jobs; do wait $job; done
+      verify_mix 4 32 1000 vda vdb
       make_fs vda
       write_files vda 10 64
       remount_fs vda

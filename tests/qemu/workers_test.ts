@@ -28,17 +28,7 @@ test("a guest's verified load holds on four queues over two Workers, of a file d
     // Requests go to the queue of the processor that submits them.
     script: `
       echo "queues $(queue_count vda) $(queue_count vdb)"
-      jobs=""
-      for cpu in 0 1 2 3; do
-        for disk in vda vdb; do
-          taskset -c $cpu verify mix /dev/$disk --offset=$((cpu * ${
-      8 * MiB
-    })) \\
-            --size=${8 * MiB} --depth=32 --count=1500 --seed=$((cpu + 1)) &
-          jobs="$jobs $!"
-        done
-      done
-      for job in $jobs; do wait $job; done
+      verify_mix 4 32 1500 vda vdb
     `,
   });
   await guest.waitFor(/^queues 4 4$/);
