@@ -1,12 +1,13 @@
-// Runs the test suites one after the other, shows what they say, and adds up
+// Runs the test suites, shows what they say one after the other, and adds up
 // what each reports. The last line is the total, alone: the counts of all.
 import { spawn } from "node:child_process";
+import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { BIN, DENO, ROOT } from "./setup.mjs";
 
 /** A suite that has not ended after so many minutes never will. */
-const LIMIT_MINUTES = 30;
+const LIMIT_MINUTES = 40;
 
 /** @typedef {{ passed: number, failed: number, skipped: number }} Counts */
 /** @typedef {{ command: string[], count: (output: string) => Counts, needsGuest: boolean }} Suite */
@@ -36,36 +37,93 @@ export const SUITES = {
 };
 
 /**
+ * Runs suites and shows what they say, the sum last.
+ *
  * @param {string[]} names of SUITES
  * @returns {Promise<number>} the exit code
  */
 export async function runTests(names) {
+  const lanes = lanesOf(names, availableParallelism()).map((suites) => {
+    const output = new HeldOutput();
+    return { suites, output, counts: runLane(suites, output) };
+  });
+  if (lanes.length > 1) {
+    console.log("The guests' tests run beside the others, and are shown last.");
+  }
+  /** @type {Counts} */
+  const total = { passed: 0, failed: 0, skipped: 0 };
+  for (const { output, counts } of lanes) {
+    output.show();
+    const { passed, failed, skipped } = await counts;
+    total.passed += passed;
+    total.failed += failed;
+    total.skipped += skipped;
+  }
+  console.log(`\n${inWords(total)}`);
+  return total.failed === 0 ? 0 : 1;
+}
+
+/**
+ * Which suites run one after the other, and which of such lanes side by side:
+ * the guests, which take as long as all else together, have a lane of their
+ * own where there are processors for two.
+ *
+ * @param {string[]} names @param {number} processors
+ */
+export function lanesOf(names, processors) {
+  if (processors < 2) return [names];
+  const others = names.filter((name) => !SUITES[name].needsGuest);
+  const guests = names.filter((name) => SUITES[name].needsGuest);
+  return [others, guests].filter((lane) => lane.length > 0);
+}
+
+/** What one lane says: held until it is shown, from then on as it comes. */
+export class HeldOutput {
+  /** @type {{ text: string, to: { write(text: string): unknown } }[] | null} */
+  #held = [];
+
+  /** @param {string} text @param {{ write(text: string): unknown }} to */
+  write(text, to = process.stdout) {
+    if (this.#held === null) to.write(text);
+    else this.#held.push({ text, to });
+  }
+
+  show() {
+    for (const { text, to } of this.#held ?? []) to.write(text);
+    this.#held = null;
+  }
+}
+
+/**
+ * @param {string[]} names @param {HeldOutput} output
+ * @returns {Promise<Counts>} of all of them
+ */
+async function runLane(names, output) {
   /** @type {Counts} */
   const total = { passed: 0, failed: 0, skipped: 0 };
   for (const name of names) {
     const suite = SUITES[name];
-    console.log(`\n=== ${name}`);
+    output.write(`\n=== ${name}\n`);
     const began = performance.now();
-    const { output, status } = await runShown(suite.command);
-    const counts = suite.count(output);
+    const { text, status } = await runSuite(suite.command, output);
+    const counts = suite.count(text);
     // A runner that crashed, or that ran nothing, did not report its failure.
     const ran = counts.passed + counts.failed + counts.skipped;
     if (counts.failed === 0 && (status !== "exit code 0" || ran === 0)) {
-      console.log(
+      output.write(
         ran === 0
-          ? `${name}: no test was counted (${status})`
-          : `${name}: the runner failed (${status})`,
+          ? `${name}: no test was counted (${status})\n`
+          : `${name}: the runner failed (${status})\n`,
       );
       counts.failed = 1;
     }
     const seconds = Math.round((performance.now() - began) / 1000);
-    console.log(`=== ${name}: ${inWords(counts)} in ${seconds} s`);
+    output.write(`=== ${name}: ${inWords(counts)} in ${seconds} s\n`);
     total.passed += counts.passed;
     total.failed += counts.failed;
     total.skipped += counts.skipped;
   }
-  console.log(`\n${inWords(total)}`);
-  return total.failed === 0 ? 0 : 1;
+  return total;
 }
 
 /** @param {Counts} counts */
@@ -74,12 +132,12 @@ function inWords({ passed, failed, skipped }) {
 }
 
 /**
- * Runs a command whose output is shown as it comes and returned as well.
+ * Runs a command whose output goes to its lane and is returned as well.
  *
- * @param {string[]} command
- * @returns {Promise<{ output: string, status: string }>}
+ * @param {string[]} command @param {HeldOutput} output
+ * @returns {Promise<{ text: string, status: string }>}
  */
-function runShown([program, ...args]) {
+function runSuite([program, ...args], output) {
   return new Promise((resolve) => {
     const child = spawn(program, args, {
       cwd: ROOT,
@@ -97,29 +155,30 @@ function runShown([program, ...args]) {
     };
     const stop = () => {
       end("SIGTERM");
-      process.exit(130);
+      // When the suite of the other lane has been told too.
+      setImmediate(() => process.exit(130));
     };
     process.once("SIGINT", stop).once("SIGTERM", stop);
     const limit = setTimeout(() => end("SIGKILL"), LIMIT_MINUTES * 60_000);
-    let output = "";
+    let text = "";
     const take = (
       /** @type {import("node:stream").Readable} */ from,
       /** @type {NodeJS.WriteStream} */ to,
     ) => {
       from.setEncoding("utf8");
       from.on("data", (chunk) => {
-        output += chunk;
-        to.write(chunk);
+        text += chunk;
+        output.write(chunk, to);
       });
     };
     take(child.stdout, process.stdout);
     take(child.stderr, process.stderr);
-    child.on("error", (error) => resolve({ output, status: error.message }));
+    child.on("error", (error) => resolve({ text, status: error.message }));
     child.on("close", (code, signal) => {
       clearTimeout(limit);
       process.off("SIGINT", stop).off("SIGTERM", stop);
       const status = signal ? `ended by ${signal}` : `exit code ${code}`;
-      resolve({ output, status });
+      resolve({ text, status });
     });
   });
 }

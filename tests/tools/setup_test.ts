@@ -10,21 +10,11 @@ import {
   readFileSync,
   writeFileSync,
 } from "node:fs";
-import { delimiter, dirname, join } from "node:path";
+import { delimiter, join } from "node:path";
 import process from "node:process";
-import { fileURLToPath } from "node:url";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
-
-/** The tools, from here or from where these tests were transpiled to. */
-function toolsFolder(): string {
-  for (let at = fileURLToPath(import.meta.url);;) {
-    at = dirname(at);
-    const tools = join(at, "tools", "debian.mjs");
-    if (existsSync(tools)) return dirname(tools);
-    if (at === dirname(at)) throw new Error("Cannot find tools/debian.mjs");
-  }
-}
+import { toolsFolder } from "./tools_folder.ts";
 
 /** An apt-get that "downloads" a package with the words of $WORDS in it. */
 const aptGet = `#!/bin/sh -e
