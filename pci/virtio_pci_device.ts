@@ -22,7 +22,11 @@ import { DmaMemory } from "./dma_memory.ts";
 import { PciInterrupts } from "./interrupts.ts";
 import type { PciDevice, RegisterWidth } from "./pci_device.ts";
 import type { VirtioCapabilities } from "./virtio_capabilities.ts";
-import { type Condition, VirtioRegisters } from "./virtio_registers.ts";
+import {
+  type Condition,
+  ringSize,
+  VirtioRegisters,
+} from "./virtio_registers.ts";
 
 /** Acked wherever they are offered: this driver does what they ask. */
 const always = featureMask(
@@ -164,7 +168,7 @@ export class VirtioPciDevice {
   addQueue(index: number, size = 128): QueueDriver {
     const largest = this.#registers.largestQueue(index);
     const isPacked = hasFeature(this.features, VirtioFeature.RING_PACKED);
-    const queueSize = fitting(Math.min(size, largest), isPacked);
+    const queueSize = ringSize(Math.min(size, largest), isPacked);
     const options = {
       queueSize,
       features: this.features,
@@ -255,11 +259,6 @@ export class VirtioPciDevice {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
-}
-
-/** A split ring's size is a power of two. */
-function fitting(size: number, isPacked: boolean): number {
-  return isPacked ? size : 2 ** Math.floor(Math.log2(size));
 }
 
 function chosen(

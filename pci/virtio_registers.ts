@@ -79,6 +79,11 @@ export interface BarPlace {
   readonly offset: number;
 }
 
+/** Descriptors of a ring that has `most` at most; a split ring's are 2^n. */
+export function ringSize(most: number, isPacked: boolean): number {
+  return isPacked ? most : 2 ** Math.floor(Math.log2(most));
+}
+
 export class VirtioRegisters {
   readonly pci: PciDevice;
   /** The virtio device type: 2 is a disk. */

@@ -24,6 +24,9 @@ export const NetFeature = {
   GUEST_ANNOUNCE: 21,
   MQ: 22,
   CTRL_MAC_ADDR: 23,
+  DEVICE_STATS: 50,
+  VQ_NOTF_COAL: 52,
+  NOTF_COAL: 53,
   GUEST_USO4: 54,
   GUEST_USO6: 55,
   HOST_USO: 56,
@@ -33,4 +36,13 @@ export const NetFeature = {
   RSC_EXT: 61,
   STANDBY: 62,
   SPEED_DUPLEX: 63,
+} as const;
+
+/** Of the control queue (virtio 1.3, 5.1.6.5): classes, commands, answers. */
+export const NetControl = {
+  /** Class: commands for queue pairs. */
+  MQ: 4,
+  /** Command: how many pairs are in use, 16 bits. */
+  MQ_VQ_PAIRS_SET: 0,
+  OK: 0,
 } as const;

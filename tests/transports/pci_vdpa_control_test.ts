@@ -61,7 +61,8 @@ const offers: Record<
   },
   "nothing of a card that needs its control queue": {
     deviceId: 0x1041,
-    features: Bit.VERSION_1 | 0x3fn | 0x7fn << 16n | 1n << 57n | 1n << 60n,
+    features: Bit.VERSION_1 | 0x3fn | 0x7fn << 16n | 0xdn << 50n | 1n << 57n |
+      1n << 60n,
     offered: always | 0x3bn | 1n << 16n,
   },
 };

@@ -201,6 +201,7 @@ export class PciVdpaDataPath implements DataPath {
         run.ring!.started(!refused.has(run.queue.index));
         this.#notify(run);
       }
+      await this.#useQueues(this.#inDevice);
     } catch (error) {
       await this.#giveUp(waiting);
       throw error;
@@ -254,6 +255,7 @@ export class PciVdpaDataPath implements DataPath {
     await Promise.all(runs.map(({ ring }) => ring!.quiesce()));
     if (isWhole) this.#told(await this.#device.reset());
     else {
+      await this.#useQueues(all.filter((run) => !runs.includes(run)));
       for (const { queue } of runs) {
         this.#told(await this.#device.resetQueue(queue.index));
       }
@@ -262,6 +264,11 @@ export class PciVdpaDataPath implements DataPath {
       run.position = await run.ring!.end();
       run.ring = undefined;
     }
+  }
+
+  async #useQueues(runs: readonly Run[]): Promise<void> {
+    const indices = runs.map(({ queue }) => queue.index);
+    this.#told(await this.#device.useQueues(indices));
   }
 
   /** A reset that failed leaves the device off the bus, or it has gone. */

@@ -7,6 +7,7 @@
 
 import { Vhost2Error } from "../../ffi/errors.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
+import { NetFeature } from "../../protocol/net.ts";
 import { PciInterrupts } from "../../pci/interrupts.ts";
 import {
   type BarFile,
@@ -19,7 +20,14 @@ import {
   type QueueAddresses,
   VirtioRegisters,
 } from "../../pci/virtio_registers.ts";
-import { ackedFeatures, passedFeatures, passedQueues } from "./features.ts";
+import { CardControl } from "./card_control.ts";
+import {
+  ackedFeatures,
+  controlQueue,
+  type DeviceOffer,
+  passedFeatures,
+  passedQueues,
+} from "./features.ts";
 
 /** Of a configuration space, all that vhost-user carries. */
 const maxConfigSize = 256;
@@ -50,21 +58,23 @@ export class VdpaDevice {
   /** Configuration has changed, or the device's condition has. */
   onChange: (() => void) | undefined;
   readonly #registers: VirtioRegisters;
-  readonly #offered: bigint;
+  readonly #offer: DeviceOffer;
+  /** While it works: of a card whose guest knows of more pairs than one. */
+  #control: CardControl | undefined;
   #isUp = false;
   #isStuck = false;
   #isRemoved = false;
   #generation = 0;
   #isOpen = true;
 
-  private constructor(registers: VirtioRegisters, offered: bigint) {
-    const { pci, type } = registers;
+  private constructor(registers: VirtioRegisters, offer: DeviceOffer) {
+    const { pci } = registers;
     this.#registers = registers;
-    this.#offered = offered;
+    this.#offer = offer;
     this.pci = pci;
-    this.type = type;
-    this.features = passedFeatures(type, offered);
-    this.queueCount = passedQueues(type, registers.queueCount);
+    this.type = offer.type;
+    this.features = passedFeatures(offer);
+    this.queueCount = passedQueues(offer);
     this.configSize = Math.min(maxConfigSize, registers.configSize);
     this.interrupts = new PciInterrupts(pci, 1 + this.queueCount);
     this.interrupts.handle(0, () => this.#interrupted());
@@ -84,7 +94,12 @@ export class VdpaDevice {
       const registers = new VirtioRegisters(pci);
       await registers.reset();
       registers.acknowledge();
-      return new VdpaDevice(registers, registers.offeredFeatures);
+      return new VdpaDevice(registers, {
+        type: registers.type,
+        features: registers.offeredFeatures,
+        queueCount: registers.queueCount,
+        maxPairs: maxPairs(registers),
+      });
     } catch (error) {
       pci.close();
       throw error;
@@ -107,7 +122,7 @@ export class VdpaDevice {
 
   /** Single queues can be stopped and started. */
   get canResetQueues(): boolean {
-    return hasFeature(this.#offered, VirtioFeature.RING_RESET) &&
+    return hasFeature(this.#offer.features, VirtioFeature.RING_RESET) &&
       this.#registers.canResetQueues;
   }
 
@@ -133,13 +148,15 @@ export class VdpaDevice {
     if (this.#isStuck) throw this.#stuck();
     await registers.reset();
     registers.acknowledge();
-    registers.agree(ackedFeatures(this.type, this.#offered, features));
+    const acked = ackedFeatures(this.#offer, features);
+    registers.agree(acked);
     const isTold = registers.setConfigVector(this.#vector(0));
     if (!isTold) this.#pollChanges();
     const refused = new Set<number>();
     for (const ring of rings) {
       if (!this.#enable(ring)) refused.add(ring.index);
     }
+    if (hasFeature(acked, NetFeature.CTRL_VQ)) this.#openControl(acked);
     registers.start();
     this.#isUp = true;
     this.#generation = registers.configGeneration;
@@ -149,6 +166,37 @@ export class VdpaDevice {
   /** One more queue while it works; false: it has refused its vector. */
   add(ring: DeviceRing): boolean {
     return this.#enable(ring);
+  }
+
+  /** Its answers are looked for: it has no vector. */
+  #openControl(features: bigint): void {
+    const index = controlQueue(this.#offer)!;
+    this.#control = new CardControl(this.pci, {
+      index,
+      largestSize: this.largestQueue(index),
+      features,
+      notify: this.notifier(index),
+    });
+    const { size, addresses } = this.#control;
+    this.#registers.enableQueue(index, size, addresses, null);
+  }
+
+  #closeControl(): void {
+    this.#control?.close();
+    this.#control = undefined;
+  }
+
+  /**
+   * These are its queues now, or will be in a moment: a card uses the pairs
+   * that are whole, from the first one on. The answer is its failure to.
+   */
+  async useQueues(indices: readonly number[]): Promise<Vhost2Error | null> {
+    if (this.#control === undefined || this.condition !== "ok") return null;
+    let pairs = 0;
+    while (
+      indices.includes(2 * pairs) && indices.includes(2 * pairs + 1)
+    ) pairs++;
+    return await this.#control.usePairs(Math.max(1, pairs));
   }
 
   #enable({ index, size, addresses }: DeviceRing): boolean {
@@ -175,8 +223,11 @@ export class VdpaDevice {
    */
   async reset(): Promise<Vhost2Error | null> {
     this.#isUp = false;
-    if (this.#isStuck) return null;
-    return await this.#ended(this.#registers.reset());
+    const failure = this.#isStuck
+      ? null
+      : await this.#ended(this.#registers.reset());
+    this.#closeControl();
+    return failure;
   }
 
   /** The same for one queue, which RING_RESET is needed for. */
@@ -279,6 +330,14 @@ export class VdpaDevice {
     this.onChange = undefined;
     this.pci.onRemoval = undefined;
     this.interrupts.close();
+    this.#closeControl();
     this.pci.close();
   }
+}
+
+/** As its configuration space says (VIRTIO 1.3 section 5.1.4). */
+function maxPairs(registers: VirtioRegisters): number {
+  const at = 8;
+  if (registers.type !== 1 || registers.configSize < at + 2) return 0;
+  return registers.readConfig(at, 2);
 }

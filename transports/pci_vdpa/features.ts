@@ -10,6 +10,7 @@ import {
   ProtocolFeature,
   VirtioFeature,
 } from "../../protocol/features.ts";
+import { NetFeature } from "../../protocol/net.ts";
 
 /** Bits of device types; between them are those of rings and transports. */
 const typeMask = (1n << 24n) - 1n | ~((1n << 50n) - 1n);
@@ -37,36 +38,75 @@ const ownMask = featureMask(
 
 const networkCard = 1;
 /**
- * A network card's control queue stays between the guest and its monitor:
- * vhost-user knows queues for data only. All that needs the queue goes with
- * it: CTRL_GUEST_OFFLOADS, CTRL_VQ to CTRL_MAC_ADDR, NOTF_COAL, HASH_REPORT,
- * RSS.
+ * A network card's control queue does not pass: vhost-user knows queues for
+ * data only. All that the guest would need the queue for goes with it, but MQ,
+ * for which it is ours (`card_control.ts`).
  */
-const controlMask = featureMask(2, 17, 18, 19, 20, 21, 22, 23, 53, 57, 60);
-/** Without MQ. */
-const cardQueues = 2;
+const controlMask = featureMask(
+  NetFeature.CTRL_GUEST_OFFLOADS,
+  NetFeature.CTRL_VQ,
+  NetFeature.CTRL_RX,
+  NetFeature.CTRL_VLAN,
+  NetFeature.CTRL_RX_EXTRA,
+  NetFeature.GUEST_ANNOUNCE,
+  NetFeature.CTRL_MAC_ADDR,
+  NetFeature.DEVICE_STATS,
+  NetFeature.VQ_NOTF_COAL,
+  NetFeature.NOTF_COAL,
+  NetFeature.HASH_REPORT,
+  NetFeature.RSS,
+);
+const multiqueue = featureMask(NetFeature.MQ);
 
-/** Features of an offered mask that a guest can be offered. */
-export function passedFeatures(type: number, offered: bigint): bigint {
-  const mask = BigInt.asUintN(64, typeMask) | sharedMask;
-  return offered & mask & (type === networkCard ? ~controlMask : mask);
+/** What a device says of itself. */
+export interface DeviceOffer {
+  /** Virtio's. */
+  readonly type: number;
+  readonly features: bigint;
+  readonly queueCount: number;
+  /** Of a network card with MQ; else 0. */
+  readonly maxPairs: number;
+}
+
+/**
+ * The index of the control queue, behind all pairs, of a card with more of them
+ * than one; null: no card, or one whose numbers make no sense.
+ */
+export function controlQueue(offer: DeviceOffer): number | null {
+  const { type, features, maxPairs } = offer;
+  const needed = featureMask(NetFeature.MQ, NetFeature.CTRL_VQ);
+  if (type !== networkCard || (features & needed) !== needed) return null;
+  const index = 2 * maxPairs;
+  return maxPairs > 1 && index < offer.queueCount ? index : null;
+}
+
+/** Features that a guest can be offered. */
+export function passedFeatures(offer: DeviceOffer): bigint {
+  const passed = offer.features &
+    (BigInt.asUintN(64, typeMask) | sharedMask);
+  if (offer.type !== networkCard) return passed;
+  const isMultiqueue = controlQueue(offer) !== null;
+  return passed & ~controlMask & ~(isMultiqueue ? 0n : multiqueue);
 }
 
 /** What is acked to the device when the guest has acked `features`. */
-export function ackedFeatures(
-  type: number,
-  offered: bigint,
-  features: bigint,
-): bigint {
-  return (passedFeatures(type, offered) & features) | (offered & ownMask);
+export function ackedFeatures(offer: DeviceOffer, features: bigint): bigint {
+  const acked = passedFeatures(offer) & features;
+  const isMultiqueue = controlQueue(offer) !== null &&
+    (acked & multiqueue) !== 0n;
+  const control = isMultiqueue ? featureMask(NetFeature.CTRL_VQ) : 0n;
+  return acked | control | (offer.features & ownMask);
 }
 
 /** SET_VRING_KICK has 8 bits for the index. */
 const maxQueues = 256;
 
 /** Queues that pass through. */
-export function passedQueues(type: number, queueCount: number): number {
-  return Math.min(type === networkCard ? cardQueues : maxQueues, queueCount);
+export function passedQueues(offer: DeviceOffer): number {
+  const { type, queueCount } = offer;
+  // Without MQ a card has one pair.
+  const forData = type === networkCard ? controlQueue(offer) ?? 2 : queueCount;
+  return Math.min(maxQueues, forData, queueCount);
 }
 
 /** By virtio type: queues whose buffers wait for something to happen. */

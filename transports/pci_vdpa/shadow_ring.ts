@@ -14,7 +14,7 @@ import { PackedDriver } from "../../driver/packed_driver.ts";
 import type { GuestBuffer, QueueDriver } from "../../driver/queue_driver.ts";
 import { SplitDriver } from "../../driver/split_driver.ts";
 import { DmaMemory } from "../../pci/dma_memory.ts";
-import type { QueueAddresses } from "../../pci/virtio_registers.ts";
+import { type QueueAddresses, ringSize } from "../../pci/virtio_registers.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
 import {
   accessWrite,
@@ -74,7 +74,7 @@ export class ShadowRing implements RunningRing {
     this.index = queue.index;
     const isPacked = hasFeature(queue.features, VirtioFeature.RING_PACKED);
     const most = Math.min(queue.size, device.largestQueue(queue.index));
-    this.size = isPacked ? most : 2 ** Math.floor(Math.log2(most));
+    this.size = ringSize(most, isPacked);
     this.#isIndirect = hasFeature(
       queue.features,
       VirtioFeature.RING_INDIRECT_DESC,
