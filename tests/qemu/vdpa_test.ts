@@ -4,11 +4,13 @@
  */
 
 import assert from "node:assert/strict";
+import { randomBytes } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
 import { test } from "../harness.ts";
 import { TemporaryFolder } from "../support/temporary.ts";
 import { guestCache } from "./cache.ts";
 import { startGuest } from "./guest.ts";
+import { configureInterface, makeSubnet, tapMissing } from "./host_network.ts";
 import { buildInitramfs } from "./initramfs.ts";
 import { projectFiles, qemuFiles } from "./project_files.ts";
 
@@ -72,6 +74,40 @@ deno run --allow-all --no-check tests/qemu/vdpa_probe.ts
   },
   300,
 );
+
+const pairsName =
+  "a card's two queue pairs pass through PCI-vDPA to a TAP interface of the host";
+const missing = tapMissing();
+if (missing !== null) test.skip(pairsName, missing);
+else {
+  test(pairsName, async () => {
+    const { host, guest: own } = makeSubnet();
+    const name = `vhost2q${randomBytes(3).toString("hex")}`;
+    const scripts = "script=no,downscript=no";
+    await using guest = await startGuest({
+      memoryMb: 1536,
+      isolated: [
+        `virtio-net-pci,addr=6,netdev=n0,mq=on,vectors=6,romfile=,${properties}`,
+      ],
+      netdevs: [`tap,id=n0,ifname=${name},queues=2,${scripts}`],
+      extras: {
+        modules: ["vfio_iommu_type1", "vfio_pci"],
+        files: projectFiles(["tests/qemu/vdpa_pairs_probe.ts"]),
+      },
+      script: `
+export HOME=/tmp DENO_DIR=/tmp/deno NO_COLOR=1
+cd /project
+deno run --allow-all --no-check cli/main.ts bind 00:06.0
+deno run --allow-all --no-check tests/qemu/vdpa_pairs_probe.ts \\
+  0000:00:06.0 ${host} ${own}
+`,
+    });
+    configureInterface(name, host);
+    await guest.waitFor(/^pairs: 2, each answered by itself$/);
+    await guest.waitFor(/^pairs: 2, each answered by itself$/);
+    assert.equal(await guest.exited, 0);
+  });
+}
 
 // As docs/transports.md has it. The inner QEMU is stopped and continued while
 // its guest writes: from the first of these on its rings are relayed.

@@ -63,6 +63,8 @@ export interface VirtioModelOptions {
   readonly capabilities?: readonly ModelCapability[];
   /** Bytes of the common configuration; 64 unless given. */
   readonly commonLength?: number;
+  /** As QEMU's cards: the queues behind the first 3 are there with MQ only. */
+  readonly hidesPairs?: boolean;
   /** A page of its own for each queue's notification, in a file (BAR 2). */
   readonly hasNotifyPages?: boolean;
 }
@@ -315,8 +317,10 @@ export class VirtioPciModel extends ModelPciDevice {
         );
       case Common.msixConfig:
         return this.configVector;
-      case Common.queueCount:
-        return this.queues.length;
+      case Common.queueCount: {
+        const hasAll = (this.acked >> 22n & 1n) === 1n;
+        return this.options.hidesPairs && !hasAll ? 3 : this.queues.length;
+      }
       case Common.deviceStatus:
         if (this.resetReads > 0) return this.resetReads--, 1;
         return this.status;

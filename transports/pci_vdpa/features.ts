@@ -57,12 +57,15 @@ const controlMask = featureMask(
   NetFeature.RSS,
 );
 const multiqueue = featureMask(NetFeature.MQ);
+/** In a card (VIRTIO 1.3 section 5.1.6.5.6.1). */
+const mostPairs = 0x8000;
 
 /** What a device says of itself. */
 export interface DeviceOffer {
   /** Virtio's. */
   readonly type: number;
   readonly features: bigint;
+  /** Before features are agreed on: QEMU's cards have more with MQ. */
   readonly queueCount: number;
   /** Of a network card with MQ; else 0. */
   readonly maxPairs: number;
@@ -76,8 +79,7 @@ export function controlQueue(offer: DeviceOffer): number | null {
   const { type, features, maxPairs } = offer;
   const needed = featureMask(NetFeature.MQ, NetFeature.CTRL_VQ);
   if (type !== networkCard || (features & needed) !== needed) return null;
-  const index = 2 * maxPairs;
-  return maxPairs > 1 && index < offer.queueCount ? index : null;
+  return maxPairs > 1 && maxPairs <= mostPairs ? 2 * maxPairs : null;
 }
 
 /** Features that a guest can be offered. */
@@ -105,8 +107,10 @@ const maxQueues = 256;
 export function passedQueues(offer: DeviceOffer): number {
   const { type, queueCount } = offer;
   // Without MQ a card has one pair.
-  const forData = type === networkCard ? controlQueue(offer) ?? 2 : queueCount;
-  return Math.min(maxQueues, forData, queueCount);
+  const found = type === networkCard
+    ? controlQueue(offer) ?? Math.min(2, queueCount)
+    : queueCount;
+  return Math.min(maxQueues, found);
 }
 
 /** By virtio type: queues whose buffers wait for something to happen. */
