@@ -291,7 +291,7 @@ const Run = struct {
         }
         if (header.block != block or header.generation != generation or header.seed != run.options.seed) {
             fail(mode, "block {d} generation {d} seed {d} expected, found block {d} generation {d} seed {d}", .{
-                block,             generation,      run.options.seed, header.block,
+                block,             generation,  run.options.seed, header.block,
                 header.generation, header.seed,
             });
         }
@@ -302,7 +302,7 @@ const Run = struct {
 
     fn report(run: *Run) void {
         print("verify {t} ok: {d} blocks, {d} requests, {d} MiB, {d} ms\n", .{
-            run.options.mode,                          run.blocks, run.requests, run.bytes >> 20,
+            run.options.mode,                            run.blocks, run.requests, run.bytes >> 20,
             (now() - run.began_ns) / std.time.ns_per_ms,
         });
     }
