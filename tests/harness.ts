@@ -8,7 +8,7 @@
 type Body = () => void | Promise<void>;
 
 interface Test {
-  /** Fails when `body` has not ended after `limitSeconds`; 180 unless given. */
+  /** Fails when `body` has not ended after `limitSeconds`; 300 unless given. */
   (name: string, body: Body, limitSeconds?: number): void;
   /** Counts as skipped; `reason` says why and what would run it. */
   skip(name: string, reason: string): void;
@@ -17,7 +17,7 @@ interface Test {
 const deno = (globalThis as any).Deno;
 
 /** A test that waits for what never comes fails, and the others still run. */
-function limited(body: Body, limitSeconds = 180): () => Promise<void> {
+function limited(body: Body, limitSeconds = 300): () => Promise<void> {
   return async () => {
     let timer: ReturnType<typeof setTimeout> | undefined;
     const limit = new Promise<never>((_, reject) => {

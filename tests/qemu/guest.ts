@@ -86,19 +86,19 @@ export interface GuestOptions {
   /** Up to where memory can be added while the guest runs (`addMemory`). */
   maxMemoryMb?: number;
   cpus?: number;
-  /** A guest that has not ended after this is ended; 200 s unless given. */
+  /** A guest that has not ended after this is ended; 280 s unless given. */
   lifetimeMs?: number;
   /** Called with each line of the console as it comes. */
   onLine?: (line: string) => void;
 }
 
 export interface WaitOptions {
-  /** After this the wait fails: a guest that hangs. 120 s unless given. */
+  /** After this the wait fails: a guest that hangs. 200 s unless given. */
   timeoutMs?: number;
 }
 
-const DEFAULT_TIMEOUT_MS = 120_000;
-const DEFAULT_LIFETIME_MS = 200_000;
+const DEFAULT_TIMEOUT_MS = 200_000;
+const DEFAULT_LIFETIME_MS = 280_000;
 /** QEMU gets this long to end by itself when a guest is disposed of. */
 const QUIT_TIMEOUT_MS = 3_000;
 const QEMU = "qemu-system-x86_64";

@@ -36,7 +36,7 @@ function slowDisk(bytes: Uint8Array): DiskObject {
 
 const NAME =
   `a guest under a verifying load on split and packed rings is migrated ${hops} times between two back-ends, and loses no block`;
-if (BACKEND === "vhost2") test(NAME, pingPong, 400);
+if (BACKEND === "vhost2") test(NAME, pingPong, 600);
 else test.skip(NAME, "the storage daemon logs no dirty pages");
 
 async function pingPong(): Promise<void> {
@@ -68,7 +68,7 @@ async function pingPong(): Promise<void> {
         { id: "packed", socketPath: two.socketPath, packed: true },
         { id: "slow", socketPath: slowPaths[hop % 2] },
       ],
-      lifetimeMs: 400_000,
+      lifetimeMs: 560_000,
       // The first half of each disk is written once and read at the end, the
       // second written and read all the time.
       script: `

@@ -101,7 +101,7 @@ for (const one of cases) {
   const { size = GiB } = one;
   const name = `a guest pings the host and moves ${size / GiB} GiB each ` +
     `way over TAP, ${one.name}`;
-  if (missing === null) test(name, () => overTap(one, size), 300);
+  if (missing === null) test(name, () => overTap(one, size), 600);
   else test.skip(name, missing);
 }
 
@@ -118,7 +118,7 @@ async function overTap(one: TapCase, size: number): Promise<void> {
   const sink = transfer(program, ["receive", "0", String(size)]);
   await using guest = await startGuest({
     cpus: queues,
-    lifetimeMs: 300_000,
+    lifetimeMs: 560_000,
     iommu,
     backends: [backend],
     nics: [{
@@ -148,7 +148,7 @@ async function overTap(one: TapCase, size: number): Promise<void> {
   await guest.waitFor(new RegExp(`^queues ${queues}$`));
   await guest.waitFor(/^pinged$/);
   await guest.waitFor(/^transfer listening/);
-  const limit = { timeoutMs: 240_000 };
+  const limit = { timeoutMs: 400_000 };
   const started = performance.now();
   const source = transfer(program, [
     ...["send", address, String(port), String(size)],
@@ -223,5 +223,5 @@ test(
     }
     await backend.stop();
   },
-  200,
+  600,
 );

@@ -23,7 +23,7 @@ const COMPLETIONS = 20;
 
 const NAME =
   `back-ends killed ${KILLS} times with requests in flight lose nothing and complete nothing twice`;
-if (BACKEND === "vhost2") test(NAME, killed, 300);
+if (BACKEND === "vhost2") test(NAME, killed, 600);
 else test.skip(NAME, "the storage daemon has no inflight region");
 
 /** A back-end that takes the place of the one before. */
@@ -147,7 +147,7 @@ async function killed(): Promise<void> {
         verify check /dev/$disk --offset=${12 * MiB} --size=${4 * MiB}
       done
     `,
-    lifetimeMs: 280_000,
+    lifetimeMs: 560_000,
   });
   await guest.waitFor(/^loaded$/);
   await guest.waitFor(/^verify mix running/);

@@ -24,6 +24,7 @@ test(
     for (const disk of disks) writeFileSync(disk, new Uint8Array(8 << 20));
     await using guest = await startGuest({
       memoryMb: 1536,
+      lifetimeMs: 560_000,
       isolated: [
         // With queue resets and a page for each notification, and without.
         `virtio-blk-pci,addr=6,drive=d0,packed=on,page-per-vq=on,num-queues=2,${properties}`,
@@ -72,7 +73,7 @@ deno run --allow-all --no-check tests/qemu/vdpa_probe.ts
     await has(/^net: link false$/);
     assert.equal(await guest.exited, 0);
   },
-  300,
+  600,
 );
 
 const pairsName =
@@ -138,7 +139,7 @@ test(
     await using guest = await startGuest({
       memoryMb: 3072,
       cpus: 2,
-      lifetimeMs: 400_000,
+      lifetimeMs: 850_000,
       isolated: [
         `virtio-blk-pci,addr=6,drive=inner,page-per-vq=on,${properties}`,
       ],
@@ -171,7 +172,7 @@ echo "bases: $(grep -c '^.*GET_VRING_BASE' /tmp/trace)"
 echo "notifiers: $(grep -c '<- 3 BACKEND_VRING_HOST_NOTIFIER_MSG ack=0' /tmp/trace)"
 `,
     });
-    const limit = { timeoutMs: 200_000 };
+    const limit = { timeoutMs: 400_000 };
     const has = (pattern: RegExp) => guest.waitFor(pattern, limit);
     await has(/^inner: guest-up/);
     for (let round = 0; round < 2; round++) {
@@ -184,5 +185,5 @@ echo "notifiers: $(grep -c '<- 3 BACKEND_VRING_HOST_NOTIFIER_MSG ack=0' /tmp/tra
     assert.ok(Number(notifiers) > 0, "the guest kicks the device itself");
     assert.equal(await guest.exited, 0);
   },
-  420,
+  900,
 );

@@ -20,7 +20,7 @@ const vdpaTool = ["/usr/sbin/vdpa", "/sbin/vdpa", "/usr/bin/vdpa"]
   .find((path) => existsSync(path));
 
 function vduseTest(name: string, body: () => Promise<void>): void {
-  if (hasKernel("vdpa")) return test(name, body, 300);
+  if (hasKernel("vdpa")) return test(name, body, 600);
   test.skip(
     name,
     "there is no kernel with VDUSE, which Debian's backports have: node tools/setup.mjs guest",
@@ -41,7 +41,7 @@ function startVduseGuest(
       modules: ["vduse", driver, "virtio_blk", "virtio_net", "tun"],
       files,
     },
-    lifetimeMs: 280_000,
+    lifetimeMs: 560_000,
     script: `
 export HOME=/tmp DENO_DIR=/tmp/deno NO_COLOR=1
 cd /project
@@ -173,9 +173,9 @@ vduseTest(
       done
     `);
     await guest.waitFor(/^split: packed 0$/);
-    await guest.waitFor(/^split: done$/, { timeoutMs: 200_000 });
+    await guest.waitFor(/^split: done$/, { timeoutMs: 400_000 });
     await guest.waitFor(/^packed: packed 1$/);
-    await guest.waitFor(/^packed: done$/, { timeoutMs: 200_000 });
+    await guest.waitFor(/^packed: done$/, { timeoutMs: 400_000 });
     assert.equal(await guest.exited, 0);
     const said = guest.lines.join("\n");
     assert.equal(said.match(/^killed with/gm)?.length, 2 * KILLS);

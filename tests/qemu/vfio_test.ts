@@ -55,4 +55,4 @@ vhost2 bind 00:06.0 --back
   await has(/0000:00:05\.0: this process has it open already/);
   await has(/^0000:00:06\.0: vfio-pci -> virtio-pci$/);
   assert.equal(await guest.exited, 0);
-}, 300);
+}, 600);
