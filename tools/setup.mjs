@@ -95,11 +95,16 @@ export async function prepareGuest() {
   await installQemu();
   const recipe = recipeOf(KERNEL_METAPACKAGE, kernelPackage, fetchGuest);
   if (!await isUnpacked(GUEST, recipe)) await fetchGuest(recipe);
-  await buildGuestTools();
+  await buildGuestProgram("verify", "disk verifier");
 }
 
-/** What only tests need beside: DPDK as a peer, and a kernel with VDUSE. */
+/**
+ * What only tests need beside: programs for guests, DPDK as a peer, and a kernel
+ * with VDUSE.
+ */
 export async function preparePeers() {
+  await buildGuestProgram("transfer", "TCP transfer");
+  await buildGuestProgram("vhost_vdpa", "user of a vDPA disk");
   await fetchTestpmd(CACHE);
   await fetchVdpaGuest(CACHE);
 }
@@ -184,15 +189,12 @@ async function fetchGuest(recipe) {
   );
 }
 
-/** Static programs for the guest, named by the hash of their source. */
-async function buildGuestTools() {
-  await buildGuestTool("verify", "disk verifier");
-  await buildGuestTool("transfer", "TCP transfer");
-  await buildGuestTool("vhost_vdpa", "user of a vDPA disk");
-}
-
-/** @param {string} name @param {string} what */
-async function buildGuestTool(name, what) {
+/**
+ * A static program for the guest, named by the hash of its source.
+ *
+ * @param {string} name @param {string} what
+ */
+async function buildGuestProgram(name, what) {
   const source = join(ROOT, "tests", "qemu", `${name}.zig`);
   const hash = createHash("sha256").update(await readFile(source)).digest(
     "hex",

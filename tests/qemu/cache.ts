@@ -12,13 +12,15 @@ export interface GuestCache {
   modules: string;
   /** Debian's static busybox, for the guest and for the host. */
   busybox: string;
-  /** The disk verifier, static, built from verify.zig. */
-  verify: string;
-  /** What moves bytes over TCP, static, from transfer.zig. */
-  transfer: string;
-  /** A user of the kernel's vhost_vdpa, static, from vhost_vdpa.zig. */
-  vhostVdpa: string;
+  /** A static program, built from the file of its name. */
+  program: (name: GuestProgram) => string;
 }
+
+/**
+ * The disk verifier; what moves bytes over TCP; a user of the kernel's
+ * vhost_vdpa.
+ */
+export type GuestProgram = "verify" | "transfer" | "vhost_vdpa";
 
 /** The project's folder: the nearest above with the tools in it. */
 export function projectFolder(): string {
@@ -60,7 +62,7 @@ export function guestCache(kernel: KernelName = "release"): GuestCache {
   const release: string = JSON.parse(readFileSync(manifest, "utf8")).kernel;
   const root = join(project, ".cache", kernelFolders.release, "root");
   const kernelRoot = join(dirname(manifest), "root");
-  const tool = (name: string) => {
+  const program = (name: GuestProgram) => {
     const source = readFileSync(join(project, "tests", "qemu", `${name}.zig`));
     const hash = createHash("sha256").update(source).digest("hex");
     const file = `${name}-${hash.slice(0, 16)}`;
@@ -77,9 +79,7 @@ export function guestCache(kernel: KernelName = "release"): GuestCache {
       join(root, "bin", "busybox"),
       join(root, "usr", "bin", "busybox"),
     ),
-    verify: tool("verify"),
-    transfer: tool("transfer"),
-    vhostVdpa: tool("vhost_vdpa"),
+    program,
   };
 }
 

@@ -4,7 +4,7 @@
 import { execFileSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { GuestCache } from "./cache.ts";
+import type { GuestCache, GuestProgram } from "./cache.ts";
 import { Buffer } from "node:buffer";
 
 /** What the guest needs beyond what its kernel has built in. */
@@ -29,12 +29,12 @@ poweroff -f
 const STEPS = `
 # wait_disk vda: until the device node is there, as after a hot plug.
 wait_disk() {
-  for n in $(seq 300); do [ -b /dev/$1 ] && return 0; usleep 50000; done
+  for n in $(seq 1200); do [ -b /dev/$1 ] && return 0; usleep 50000; done
   echo "no disk $1"; return 1
 }
 # wait_gone vda
 wait_gone() {
-  for n in $(seq 300); do [ -b /dev/$1 ] || return 0; usleep 50000; done
+  for n in $(seq 1200); do [ -b /dev/$1 ] || return 0; usleep 50000; done
   echo "disk $1 is still there"; return 1
 }
 # make_fs vda: an ext2 file system, mounted at /mnt/vda by the ext4 driver.
@@ -86,6 +86,8 @@ verify_mix() {
 export interface GuestExtras {
   /** Kernel modules, loaded with all that they need. */
   readonly modules?: readonly string[];
+  /** Beside `verify`. */
+  readonly programs?: readonly GuestProgram[];
   /** Files by their path in the guest. */
   readonly files?: ReadonlyMap<string, { bytes: Uint8Array; mode?: number }>;
 }
@@ -117,9 +119,9 @@ export function buildInitramfs(
   for (const name of appletsOf(cache.busybox)) {
     archive.link(`bin/${name}`, "busybox");
   }
-  archive.file("bin/verify", readFileSync(cache.verify), 0o755);
-  archive.file("bin/transfer", readFileSync(cache.transfer), 0o755);
-  archive.file("bin/vhost_vdpa", readFileSync(cache.vhostVdpa), 0o755);
+  for (const name of ["verify", ...extras.programs ?? []] as const) {
+    archive.file(`bin/${name}`, readFileSync(cache.program(name)), 0o755);
+  }
   const order: string[] = [];
   const wanted = [
     ...MODULES,

@@ -114,11 +114,12 @@ async function overTap(one: TapCase, size: number): Promise<void> {
   const [, interfaceName] = /\(tap (\S+),/.exec(backend.output())!;
   const { host, guest: address } = makeSubnet();
   configureInterface(interfaceName, host);
-  const program = guestCache().transfer;
+  const program = guestCache().program("transfer");
   const sink = transfer(program, ["receive", "0", String(size)]);
   await using guest = await startGuest({
     cpus: queues,
     lifetimeMs: 560_000,
+    extras: { programs: ["transfer"] },
     iommu,
     backends: [backend],
     nics: [{
@@ -180,6 +181,7 @@ test(
     await using backend = await startNetBackend(["--switch", "lan"]);
     const start = (number: number, script: string) =>
       startGuest({
+        extras: { programs: ["transfer"] },
         backends: [backend],
         nics: [{
           id: "nic",

@@ -39,6 +39,7 @@ function startVduseGuest(
     memoryMb: 1536,
     extras: {
       modules: ["vduse", driver, "virtio_blk", "virtio_net", "tun"],
+      programs: ["vhost_vdpa"],
       files,
     },
     lifetimeMs: 560_000,
@@ -49,7 +50,7 @@ cd /project
 serve() {
   word=$1; shift
   deno run --allow-all --no-check "$@" >/tmp/said 2>&1 & pid=$!
-  for n in $(seq 300); do
+  for n in $(seq 1200); do
     grep -q "$word" /tmp/said && return
     [ -d /proc/$pid ] || break
     usleep 100000
@@ -198,14 +199,14 @@ vduseTest(
       mkfifo /tmp/quiet
       exec 3<>/tmp/quiet
       card
-      for n in $(seq 100); do [ -d /sys/class/net/eth0 ] && break; usleep 50000; done
+      for n in $(seq 1200); do [ -d /sys/class/net/eth0 ] && break; usleep 50000; done
       cat /sys/class/net/eth0/address
       # The card in a network of its own: both ends of the cable are here.
       unshare -n sleep 1000 & inner=$!
       network() { readlink /proc/$1/ns/net; }
       while [ "$(network $inner)" = "$(network $$)" ]; do usleep 20000; done
       inside() { nsenter -n -t $inner "$@"; }
-      for n in $(seq 50); do ip link set eth0 netns $inner && break; usleep 50000; done
+      for n in $(seq 1200); do ip link set eth0 netns $inner && break; usleep 50000; done
       inside ifconfig eth0 10.0.0.2 netmask 255.255.255.0 up
       inside ping -c 3 -W 5 10.0.0.1 | grep transmitted
       dd if=/dev/urandom of=/tmp/data bs=1k count=2048 2>/dev/null
@@ -257,7 +258,7 @@ vduseTest(
           --num-queues 2
       }
       until_user() {
-        for n in $(seq 600); do
+        for n in $(seq 1200); do
           grep -q "vhost_vdpa $1" /tmp/user && return
           usleep 50000
         done
@@ -265,7 +266,7 @@ vduseTest(
       }
       device=/dev/vhost-vdpa-0
       disk
-      for n in $(seq 100); do [ -c $device ] && break; usleep 50000; done
+      for n in $(seq 1200); do [ -c $device ] && break; usleep 50000; done
       echo driver: $(basename $(readlink /sys/bus/vdpa/devices/disk0/driver))
       vhost_vdpa $device || { cat /tmp/said; exit 1; }
       # Requests are made while nobody serves the device.
