@@ -1,4 +1,4 @@
-/** Feature bits of a network device (virtio 1.3, 5.1.3), for both its ends. */
+/** Features and control commands of a network device, for both its ends (virtio 1.3, 5.1). */
 
 /** VIRTIO_NET_F_*. */
 export const NetFeature = {
@@ -38,11 +38,13 @@ export const NetFeature = {
   SPEED_DUPLEX: 63,
 } as const;
 
-/** Of the control queue (virtio 1.3, 5.1.6.5): classes, commands, answers. */
-export const NetControl = {
-  /** Class: commands for queue pairs. */
-  MQ: 4,
-  /** Command: how many pairs are in use, 16 bits. */
+/** VIRTIO_NET_CTRL_*: classes of commands (virtio 1.3, 5.1.6.5). */
+export const ControlClass = { ANNOUNCE: 3, MQ: 4 } as const;
+/** Commands, each of one class. */
+export const ControlCommand = {
+  ANNOUNCE_ACK: 0,
+  /** How many queue pairs are in use, 16 bits. */
   MQ_VQ_PAIRS_SET: 0,
-  OK: 0,
 } as const;
+/** VIRTIO_NET_OK and VIRTIO_NET_ERR. */
+export const ControlAnswer = { OK: 0, ERR: 1 } as const;

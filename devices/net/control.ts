@@ -9,18 +9,15 @@
  */
 
 import {
+  ControlAnswer,
+  ControlClass,
+  ControlCommand,
+} from "../../protocol/net.ts";
+import {
   RequestWord,
   type StartedQueue,
   Virtqueue,
 } from "../../virtqueue/mod.ts";
-
-/** VIRTIO_NET_CTRL_*: classes and their commands. */
-export const ControlClass = { ANNOUNCE: 3, MQ: 4 } as const;
-const announceAck = 0;
-const pairsSet = 0;
-/** VIRTIO_NET_OK and VIRTIO_NET_ERR. */
-const ok = 0;
-const error = 1;
 
 const headerBytes = 2;
 /** Data of the longest command that is known. */
@@ -76,7 +73,9 @@ export class ControlQueue {
       );
       const view = queue.memory.views[words[at + RequestWord.trailerView]];
       if (view !== undefined) {
-        view[words[at + RequestWord.trailerOffset]] = answer ? ok : error;
+        view[words[at + RequestWord.trailerOffset]] = answer
+          ? ControlAnswer.OK
+          : ControlAnswer.ERR;
       }
       this.#virtqueue.complete(head, 1);
     }
@@ -89,10 +88,10 @@ export class ControlQueue {
     const [group, command] = bytes;
     switch (group) {
       case ControlClass.ANNOUNCE:
-        return command === announceAck && size === 0 &&
+        return command === ControlCommand.ANNOUNCE_ACK && size === 0 &&
           this.#client.announced();
       case ControlClass.MQ:
-        return command === pairsSet && size === 2 &&
+        return command === ControlCommand.MQ_VQ_PAIRS_SET && size === 2 &&
           this.#client.usePairs(bytes[2] | bytes[3] << 8);
       default:
         return false;

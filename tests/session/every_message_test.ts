@@ -16,12 +16,7 @@ import {
   type VhostUserDevice,
   VirtioFeature,
 } from "../../frontend/mod.ts";
-import {
-  CryptoOpcode,
-  featureMask,
-  type TargetOps,
-  virtqueueFeatures,
-} from "../../mod.ts";
+import { featureMask, type TargetOps, virtqueueFeatures } from "../../mod.ts";
 import {
   findFrontendRow,
   type FrontendRequestName,
@@ -36,28 +31,11 @@ import { openUserfault } from "../../session/postcopy.ts";
 import type { Message } from "../../transports/transport.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
+import { session } from "./crypto_session.ts";
 import { echo, type ServeOptions, withGuest } from "./served.ts";
 
 const page = 4096;
 const uuid = Uint8Array.from({ length: 16 }, (_, i) => i);
-const session = {
-  kind: "symmetric",
-  opcode: CryptoOpcode.CIPHER_CREATE_SESSION,
-  sessionId: 0n,
-  symmetric: {
-    cipherAlgorithm: 3,
-    hashAlgorithm: 0,
-    digestSize: 0,
-    aadSize: 0,
-    opType: 1,
-    direction: 1,
-    hashMode: 0,
-    chainOrder: 0,
-    cipherKey: new Uint8Array(16),
-    authKey: new Uint8Array(0),
-  },
-};
-
 /** A device that implements whatever a message may need. */
 function everything(): TargetOps {
   return {

@@ -10,8 +10,6 @@ import {
   supportedProtocolFeatures,
 } from "../../frontend/mod.ts";
 import {
-  CryptoOpcode,
-  type CryptoSession,
   type CustomMessage,
   type CustomReply,
   featureMask,
@@ -22,6 +20,7 @@ import { plainWire } from "../../protocol/layout.ts";
 import { cryptoSession } from "../../protocol/crypto_payload.ts";
 import { test } from "../harness.ts";
 import { within } from "../support/wait.ts";
+import { session } from "./crypto_session.ts";
 import { type ServeOptions, withGuest } from "./served.ts";
 
 const classFeatures = featureMask(
@@ -42,24 +41,6 @@ function classes(
     guest,
   };
 }
-
-const session: CryptoSession = {
-  kind: "symmetric",
-  opcode: CryptoOpcode.CIPHER_CREATE_SESSION,
-  sessionId: 0n,
-  symmetric: {
-    cipherAlgorithm: 3,
-    hashAlgorithm: 0,
-    digestSize: 0,
-    aadSize: 0,
-    opType: 1,
-    direction: 1,
-    hashMode: 0,
-    chainOrder: 0,
-    cipherKey: Uint8Array.from({ length: 16 }, (_, i) => i),
-    authKey: new Uint8Array(0),
-  },
-};
 
 test("NET_SET_MTU: arrives by name with its value; the device accepts or refuses", async () => {
   const seen: [string | undefined, unknown][] = [];

@@ -15,7 +15,11 @@ import { DmaMemory } from "../../pci/dma_memory.ts";
 import type { PciDevice } from "../../pci/pci_device.ts";
 import { type QueueAddresses, ringSize } from "../../pci/virtio_registers.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
-import { NetControl } from "../../protocol/net.ts";
+import {
+  ControlAnswer,
+  ControlClass,
+  ControlCommand,
+} from "../../protocol/net.ts";
 
 /** Descriptors: one command at a time has three. */
 const wantedSize = 4;
@@ -79,7 +83,7 @@ export class CardControl {
     let failure: unknown;
     this.#driver.submit({
       readable: [
-        Uint8Array.of(NetControl.MQ, NetControl.MQ_VQ_PAIRS_SET),
+        Uint8Array.of(ControlClass.MQ, ControlCommand.MQ_VQ_PAIRS_SET),
         pairs,
       ],
       writable: [1],
@@ -102,7 +106,7 @@ export class CardControl {
       this.#isStuck = true;
       return this.#failed("RING", count, (failure as Error).message, failure);
     }
-    if (answer !== NetControl.OK) {
+    if (answer !== ControlAnswer.OK) {
       return this.#failed("PROTOCOL", count, `it answers ${answer}`);
     }
     this.#pairs = count;
