@@ -8,23 +8,19 @@
  */
 
 import { Vhost2Error } from "../../ffi/errors.ts";
-import { PackedDriver } from "../../driver/packed_driver.ts";
 import type { QueueDriver } from "../../driver/queue_driver.ts";
-import { SplitDriver } from "../../driver/split_driver.ts";
-import { DmaMemory } from "../../pci/dma_memory.ts";
 import type { PciDevice } from "../../pci/pci_device.ts";
-import { type QueueAddresses, ringSize } from "../../pci/virtio_registers.ts";
-import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
 import {
   ControlAnswer,
   ControlClass,
   ControlCommand,
 } from "../../protocol/net.ts";
+import { OwnRing } from "./own_ring.ts";
 
-/** Descriptors: one command at a time has three. */
-const wantedSize = 4;
-/** Bytes for the ring, and for a command and its answer. */
-const memorySize = 8192;
+/** Descriptors: a command has three, and there is one at a time. */
+const mostDescriptors = 4;
+/** Bytes for a command and its answer, wherever they begin. */
+const commandRoom = 256;
 /** A command that is not answered in this time never will be. */
 const answerLimitMs = 1_000;
 const betweenLooksMs = 1;
@@ -41,11 +37,9 @@ export interface CardControlOptions {
 }
 
 export class CardControl {
-  readonly index: number;
-  readonly size: number;
-  readonly addresses: QueueAddresses;
+  /** The queue, which the device is given before it works. */
+  readonly ring: OwnRing;
   readonly #pci: PciDevice;
-  readonly #memory: DmaMemory;
   readonly #driver: QueueDriver;
   /** After a reset the card uses its first pair. */
   #pairs = 1;
@@ -54,22 +48,12 @@ export class CardControl {
 
   constructor(pci: PciDevice, options: CardControlOptions) {
     this.#pci = pci;
-    this.index = options.index;
-    const { features, notify } = options;
-    const isPacked = hasFeature(features, VirtioFeature.RING_PACKED);
-    this.size = ringSize(Math.min(wantedSize, options.largestSize), isPacked);
-    this.#memory = new DmaMemory(pci.dma, memorySize, true);
-    try {
-      const of = { queueSize: this.size, features, notify };
-      const { ram } = this.#memory;
-      this.#driver = isPacked
-        ? new PackedDriver(ram, of)
-        : new SplitDriver(ram, of);
-    } catch (error) {
-      this.#memory.close();
-      throw error;
-    }
-    this.addresses = this.#driver.ring.addresses;
+    this.ring = new OwnRing(pci, {
+      ...options,
+      most: Math.min(mostDescriptors, options.largestSize),
+      roomFor: commandRoom,
+    });
+    this.#driver = this.ring.driver;
   }
 
   /**
@@ -128,7 +112,6 @@ export class CardControl {
 
   /** The card has let go of the queue. */
   close(): void {
-    this.#driver.close();
-    this.#memory.close();
+    this.ring.close();
   }
 }

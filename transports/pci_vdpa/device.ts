@@ -177,7 +177,7 @@ export class VdpaDevice {
       features,
       notify: this.notifier(index),
     });
-    const { size, addresses } = this.#control;
+    const { size, addresses } = this.#control.ring;
     this.#registers.enableQueue(index, size, addresses, null);
   }
 

@@ -10,11 +10,8 @@
 
 import { constants } from "../../ffi/abi.gen.ts";
 import { Vhost2Error } from "../../ffi/errors.ts";
-import { PackedDriver } from "../../driver/packed_driver.ts";
 import type { GuestBuffer, QueueDriver } from "../../driver/queue_driver.ts";
-import { SplitDriver } from "../../driver/split_driver.ts";
-import { DmaMemory } from "../../pci/dma_memory.ts";
-import { type QueueAddresses, ringSize } from "../../pci/virtio_registers.ts";
+import type { QueueAddresses } from "../../pci/virtio_registers.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
 import {
   accessWrite,
@@ -23,6 +20,7 @@ import {
 } from "../../virtqueue/batch.ts";
 import { Virtqueue } from "../../virtqueue/virtqueue.ts";
 import type { DataPathQueue } from "../transport.ts";
+import { OwnRing } from "./own_ring.ts";
 import {
   type RingOptions,
   type RunningRing,
@@ -35,9 +33,6 @@ const descriptorSize = 16;
 const maxTableSize = 2048 * descriptorSize;
 /** Room for the tables of the requests in flight. */
 const tablesSize = 16 * maxTableSize;
-/** Of the three parts of a ring, for each descriptor; and their ends. */
-const ringBytes = 26;
-const ringSlack = 4096;
 
 /** A request in the device. */
 interface InFlight {
@@ -52,7 +47,7 @@ export class ShadowRing implements RunningRing {
   readonly addresses: QueueAddresses;
   readonly #options: RingOptions;
   readonly #queue: DataPathQueue;
-  readonly #memory: DmaMemory;
+  readonly #own: OwnRing;
   readonly #driver: QueueDriver;
   readonly #isIndirect: boolean;
   readonly #inFlight = new Map<number, InFlight>();
@@ -72,31 +67,21 @@ export class ShadowRing implements RunningRing {
     this.#options = options;
     this.#queue = queue;
     this.index = queue.index;
-    const isPacked = hasFeature(queue.features, VirtioFeature.RING_PACKED);
-    const most = Math.min(queue.size, device.largestQueue(queue.index));
-    this.size = ringSize(most, isPacked);
     this.#isIndirect = hasFeature(
       queue.features,
       VirtioFeature.RING_INDIRECT_DESC,
     );
     queue.availableIndex = position;
-    const notify = device.notifier(queue.index);
-    this.#memory = new DmaMemory(
-      device.pci.dma,
-      ringBytes * this.size + ringSlack + tablesSize,
-      true,
-    );
-    try {
-      const of = { queueSize: this.size, features: queue.features, notify };
-      const { ram } = this.#memory;
-      this.#driver = isPacked
-        ? new PackedDriver(ram, of)
-        : new SplitDriver(ram, of);
-    } catch (error) {
-      this.#memory.close();
-      throw error;
-    }
-    this.addresses = this.#driver.ring.addresses;
+    this.#own = new OwnRing(device.pci, {
+      index: queue.index,
+      most: Math.min(queue.size, device.largestQueue(queue.index)),
+      features: queue.features,
+      roomFor: tablesSize,
+      notify: device.notifier(queue.index),
+    });
+    this.#driver = this.#own.driver;
+    this.size = this.#own.size;
+    this.addresses = this.#own.addresses;
   }
 
   started(hasVector: boolean): void {
@@ -194,8 +179,7 @@ export class ShadowRing implements RunningRing {
     // Its completions reach the guest's ring before that ends.
     await new Promise((resolve) => setImmediate(resolve));
     await this.#virtqueue?.stop();
-    this.#driver.close();
-    this.#memory.close();
+    this.#own.close();
     return this.#rest() ?? this.#queue.availableIndex;
   }
 
@@ -208,9 +192,8 @@ export class ShadowRing implements RunningRing {
     const [oldest] = this.#inFlight.values();
     if (oldest === undefined) return null;
     if (oldest.serial > this.#lastDone) {
-      const isPacked = this.#driver instanceof PackedDriver;
       // Packed: what is available begins where what is used does.
-      return isPacked
+      return this.#own.isPacked
         ? ((oldest.position & 0xffff) * 0x1_0001) >>> 0
         : oldest.position & 0xffff;
     }
