@@ -149,6 +149,13 @@ pub const Mapping = struct {
         return @ptrFromInt(self.address);
     }
 
+    /// Whether all of the range is in it.
+    fn covers(self: *const Mapping, address: u64, size: u64) bool {
+        if (address < self.address) return false;
+        const offset = address - self.address;
+        return offset <= self.size and size <= self.size - offset;
+    }
+
     /// Is it a mapping of these bytes of this file, and still whole?
     pub fn isOf(self: *const Mapping, file: File, offset: u64, size: u64) bool {
         return !self.is_borrowed and self.size == size and self.offset == offset and
@@ -354,9 +361,7 @@ fn findPlain(address: u64, size: u64, is_held: bool) ?*Mapping {
     defer lock.unlock();
     for (0..used.load(.monotonic)) |index| {
         const slot = at(@intCast(index));
-        if (slot.phase != .plain or address < slot.address) continue;
-        const offset = address - slot.address;
-        if (offset > slot.size or size > slot.size - offset) continue;
+        if (slot.phase != .plain or !slot.covers(address, size)) continue;
         if (is_held) slot.holds += 1;
         return slot;
     }
@@ -371,9 +376,7 @@ pub fn isReachable(address: u64, size: u64) bool {
     for (0..used.load(.monotonic)) |index| {
         const slot = at(@intCast(index));
         if (slot.phase != .plain and slot.phase != .published) continue;
-        if (address < slot.address) continue;
-        const offset = address - slot.address;
-        if (offset <= slot.size and size <= slot.size - offset) return true;
+        if (slot.covers(address, size)) return true;
     }
     return false;
 }
