@@ -67,7 +67,7 @@ export interface DeviceOffer {
   readonly features: bigint;
   /** Before features are agreed on: QEMU's cards have more with MQ. */
   readonly queueCount: number;
-  /** Of a network card with MQ; else 0. */
+  /** Of a network card, as it says; 0 where it does not. */
   readonly maxPairs: number;
 }
 
