@@ -17,7 +17,7 @@ const enough = 5000;
 /** testpmd with one virtio_user port, driven by its prompt. */
 class Testpmd {
   readonly #child: ChildProcess;
-  readonly #ended: Promise<number | null>;
+  readonly #ended: Promise<number | string | null>;
   output = "";
 
   constructor(vdev: string, queues: number) {
@@ -35,7 +35,7 @@ class Testpmd {
     }
     this.#child.stdin!.on("error", () => {});
     this.#ended = new Promise((resolve) => {
-      this.#child.on("close", (code) => resolve(code));
+      this.#child.on("close", (code, signal) => resolve(code ?? signal));
     });
   }
 
@@ -54,8 +54,8 @@ class Testpmd {
     );
   }
 
-  /** Fulfilled with its exit code. */
-  async quit(): Promise<number | null> {
+  /** Fulfilled with its exit code, or the signal that ended it. */
+  async quit(): Promise<number | string | null> {
     this.type("quit");
     return await within(this.#ended, "testpmd ends");
   }
@@ -211,7 +211,9 @@ async function reconnects(rings: string, workers: number): Promise<void> {
     });
     if (round > 0) await testpmd.printed(/reconnection succeeds/);
     await circulate(testpmd, nic);
+    // While its back-end is there: what it sends to one that has gone may end
+    // it by SIGPIPE.
+    if (round === 2) assert.equal(await testpmd.quit(), 0);
   }
-  assert.equal(await testpmd.quit(), 0);
   assert.equal(wrong[0], 0);
 }
