@@ -95,6 +95,14 @@ for (const [name, options] of Object.entries(kinds)) {
     }));
 }
 
+test("what a card's features are by number means something else of a disk", () =>
+  servingVdpa({ features: card.features }, async (served) => {
+    const guest = await openVdpaGuest(served);
+    await exercise(guest, 5);
+    assert.equal(served.model.acked & (MQ | CTRL_VQ), MQ | CTRL_VQ);
+    await guest.close();
+  }));
+
 test("a guest that does not know of pairs has the first one", () =>
   servingVdpa(card, async (served) => {
     const commands = commandsOf(served.model);

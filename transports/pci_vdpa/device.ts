@@ -7,7 +7,6 @@
 
 import { Vhost2Error } from "../../ffi/errors.ts";
 import { hasFeature, VirtioFeature } from "../../protocol/features.ts";
-import { NetFeature } from "../../protocol/net.ts";
 import { PciInterrupts } from "../../pci/interrupts.ts";
 import {
   type BarFile,
@@ -25,6 +24,7 @@ import {
   ackedFeatures,
   controlQueue,
   type DeviceOffer,
+  networkCard,
   passedFeatures,
   passedQueues,
 } from "./features.ts";
@@ -156,7 +156,8 @@ export class VdpaDevice {
     for (const ring of rings) {
       if (!this.#enable(ring)) refused.add(ring.index);
     }
-    if (hasFeature(acked, NetFeature.CTRL_VQ)) this.#openControl(acked);
+    const control = controlQueue({ ...this.#offer, features: acked });
+    if (control !== null) this.#openControl(control, acked);
     registers.start();
     this.#isUp = true;
     this.#generation = registers.configGeneration;
@@ -169,8 +170,7 @@ export class VdpaDevice {
   }
 
   /** Its answers are looked for: it has no vector. */
-  #openControl(features: bigint): void {
-    const index = controlQueue(this.#offer)!;
+  #openControl(index: number, features: bigint): void {
     this.#control = new CardControl(this.pci, {
       index,
       largestSize: this.largestQueue(index),
@@ -338,6 +338,6 @@ export class VdpaDevice {
 /** As its configuration space says (VIRTIO 1.3 section 5.1.4). */
 function maxPairs(registers: VirtioRegisters): number {
   const at = 8;
-  if (registers.type !== 1 || registers.configSize < at + 2) return 0;
+  if (registers.type !== networkCard || registers.configSize < at + 2) return 0;
   return registers.readConfig(at, 2);
 }

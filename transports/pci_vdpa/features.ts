@@ -36,7 +36,8 @@ const ownMask = featureMask(
   VirtioFeature.RING_RESET,
 );
 
-const networkCard = 1;
+/** Virtio type. */
+export const networkCard = 1;
 /**
  * A network card's control queue does not pass: vhost-user knows queues for
  * data only. All that the guest would need the queue for goes with it, but MQ,
