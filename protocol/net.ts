@@ -1,4 +1,7 @@
-/** Features and control commands of a network device, for both its ends (virtio 1.3, 5.1). */
+/**
+ * Features and control commands of a network device (virtio 1.3, 5.1), for both
+ * its ends.
+ */
 
 /** VIRTIO_NET_F_*. */
 export const NetFeature = {

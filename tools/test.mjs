@@ -54,10 +54,7 @@ export async function runTests(names) {
   const total = { passed: 0, failed: 0, skipped: 0 };
   for (const { output, counts } of lanes) {
     output.show();
-    const { passed, failed, skipped } = await counts;
-    total.passed += passed;
-    total.failed += failed;
-    total.skipped += skipped;
+    add(total, await counts);
   }
   console.log(`\n${inWords(total)}`);
   return total.failed === 0 ? 0 : 1;
@@ -119,11 +116,16 @@ async function runLane(names, output) {
     }
     const seconds = Math.round((performance.now() - began) / 1000);
     output.write(`=== ${name}: ${inWords(counts)} in ${seconds} s\n`);
-    total.passed += counts.passed;
-    total.failed += counts.failed;
-    total.skipped += counts.skipped;
+    add(total, counts);
   }
   return total;
+}
+
+/** @param {Counts} total @param {Counts} counts */
+function add(total, { passed, failed, skipped }) {
+  total.passed += passed;
+  total.failed += failed;
+  total.skipped += skipped;
 }
 
 /** @param {Counts} counts */

@@ -11,16 +11,17 @@ import { blkHeader, withBystander } from "./world.ts";
 
 const { NEXT, WRITE, INDIRECT } = DescriptorFlag;
 const unmapped = 0xdead_0000_0000n;
+/** Bytes of a region. */
+const half = 1 << 20;
+/** They touch, but only in guest addresses. */
+const regions = [
+  { size: half, gpa: 0n, uva: 1n << 44n },
+  { size: half, gpa: BigInt(half), uva: 1n << 40n },
+];
 
 test("row 13: a buffer over two regions that touch only in guest addresses is cut there", () =>
   withBystander(async (world) => {
-    const half = 1 << 20;
-    const device = await world.open({
-      regions: [
-        { size: half, gpa: 0n, uva: 1n << 44n },
-        { size: half, gpa: BigInt(half), uva: 1n << 40n },
-      ],
-    });
+    const device = await world.open({ regions });
     const [driver] = device.queues;
     const [first, second] = device.ram.regions;
     const edge = BigInt(half);
@@ -48,13 +49,7 @@ test("row 13: a buffer over two regions that touch only in guest addresses is cu
 
 test("row 13: an indirect table over two regions is read where it is", () =>
   withBystander(async (world) => {
-    const half = 1 << 20;
-    const device = await world.open({
-      regions: [
-        { size: half, gpa: 0n, uva: 1n << 44n },
-        { size: half, gpa: BigInt(half), uva: 1n << 40n },
-      ],
-    });
+    const device = await world.open({ regions });
     const [driver] = device.queues;
     const [first, second] = device.ram.regions;
     const buffer = device.ram.allocate(1024);
@@ -96,7 +91,6 @@ test("row 13: an indirect table over two regions is read where it is", () =>
 
 test("row 13: a ring over two regions that touch in both address spaces is refused", () =>
   withBystander(async (world) => {
-    const half = 1 << 20;
     const device = await world.open({
       start: false,
       regions: [

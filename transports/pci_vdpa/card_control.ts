@@ -8,7 +8,6 @@
  */
 
 import { Vhost2Error } from "../../ffi/errors.ts";
-import type { QueueDriver } from "../../driver/queue_driver.ts";
 import type { PciDevice } from "../../pci/pci_device.ts";
 import {
   ControlAnswer,
@@ -40,7 +39,6 @@ export class CardControl {
   /** The queue, which the device is given before it works. */
   readonly ring: OwnRing;
   readonly #pci: PciDevice;
-  readonly #driver: QueueDriver;
   /** After a reset the card uses its first pair. */
   #pairs = 1;
   /** It has let a command lie: its ring is of no more use. */
@@ -53,7 +51,6 @@ export class CardControl {
       most: Math.min(mostDescriptors, options.largestSize),
       roomFor: commandRoom,
     });
-    this.#driver = this.ring.driver;
   }
 
   /**
@@ -62,10 +59,11 @@ export class CardControl {
    */
   async usePairs(count: number): Promise<Vhost2Error | null> {
     if (count === this.#pairs || this.#isStuck) return null;
+    const { driver } = this.ring;
     const pairs = Uint8Array.of(count & 0xff, count >> 8);
     let answer: number | null = null;
     let failure: unknown;
-    this.#driver.submit({
+    driver.submit({
       readable: [
         Uint8Array.of(ControlClass.MQ, ControlCommand.MQ_VQ_PAIRS_SET),
         pairs,
@@ -84,7 +82,7 @@ export class CardControl {
         );
       }
       await new Promise((resolve) => setTimeout(resolve, betweenLooksMs));
-      this.#driver.poll();
+      driver.poll();
     }
     if (failure !== undefined) {
       this.#isStuck = true;
